@@ -1,0 +1,123 @@
+"""What every LightningModule here shares: a task, an optimizer, honest validation and test metrics."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric, MetricCollection
+from typing_extensions import override
+
+from lightning_opt.tasks import Example, Task
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[..., Any]
+
+
+class TaskModule(pl.LightningModule):
+    """Train and judge `model` on `task`.
+
+    Subclasses give `training_step`. Everything that the run claims about quality comes from here, so that a student
+    and its control are judged by the same lines.
+
+    Args:
+        model: The network; its answer is a tensor or has `logits`.
+        task: How to read a batch, the loss and the metrics.
+        optimizer: Makes an optimizer from parameters; AdamW with its defaults when not given.
+        scheduler: Makes a learning-rate scheduler from `(optimizer, total_steps=...)`, stepped after each optimizer
+            step; a constant rate when not given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        task: Task,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self._make_optimizer = optimizer or torch.optim.AdamW
+        self._make_scheduler = scheduler
+        self.val_metrics, self.val_loss = _fresh_metrics(task, "val/")
+        self.test_metrics, self.test_loss = _fresh_metrics(task, "test/")
+
+    @override
+    def forward(self, inputs: Any) -> Tensor:
+        return self.task.logits(self.model, inputs)
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._judge(batch, self.val_metrics, self.val_loss)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._judge(batch, self.test_metrics, self.test_loss)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._report(self.val_metrics, self.val_loss, "val/loss")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._report(self.test_metrics, self.test_loss, "test/loss")
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self._make_optimizer([p for p in self.parameters() if p.requires_grad])
+        if self._make_scheduler is None:
+            return optimizer
+        total_steps = self.trainer.estimated_stepping_batches
+        if total_steps == float("inf"):
+            raise ValueError("scheduler needs to know when training ends: set trainer.max_epochs or trainer.max_steps")
+        scheduler = self._make_scheduler(optimizer, total_steps=int(total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the optimizer steps that are done, in [0, 1]; 0 where the end is not known."""
+        total = self.trainer.estimated_stepping_batches
+        return 0.0 if total in (0, float("inf")) else min(self.global_step / float(total), 1.0)
+
+    def labels_of(self, example: Example) -> Tensor:
+        """Return the labels of a batch that must have some.
+
+        Raises:
+            ValueError: The batch has no labels.
+        """
+        if example.labels is None:
+            raise ValueError("the batch has no labels; a dict batch needs the key 'labels'")
+        return example.labels
+
+    def log_terms(self, terms: dict[str, Tensor]) -> None:
+        """Log training numbers under `train/`, on the steps that are logged at all."""
+        # A call to `log` costs about as much as a small network's whole step.
+        every = max(int(getattr(self.trainer, "log_every_n_steps", 1)), 1)
+        if (self.global_step + 1) % every == 0:
+            logged = {f"train/{name}": value.detach() for name, value in terms.items()}
+            self.log_dict(logged, on_step=True, on_epoch=False)
+
+    def _judge(self, batch: Any, metrics: MetricCollection, mean_loss: MeanMetric) -> None:
+        example = self.task.read(batch)
+        labels = self.labels_of(example)
+        logits = self.task.logits(self.model, example.inputs)
+        mask = self.task.mask(labels)
+        mean_loss.update(self.task.loss(logits, labels), len(labels) if mask is None else mask.sum())
+        metrics.update(*self.task.for_metrics(logits, labels))
+
+    def _report(self, metrics: MetricCollection, mean_loss: MeanMetric, loss_name: str) -> None:
+        values = {**metrics.compute(), loss_name: mean_loss.compute()}
+        metrics.reset()
+        mean_loss.reset()
+        main = next(iter(values))
+        self.log(main, values.pop(main), prog_bar=True, rank_zero_only=False)
+        self.log_dict(values)
+
+
+def _fresh_metrics(task: Task, prefix: str) -> tuple[MetricCollection, MeanMetric]:
+    return task.metrics().clone(prefix=prefix), MeanMetric()

@@ -1,0 +1,281 @@
+"""A student that learns from teachers and from labels at once."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_opt.errors import ConfigError
+from lightning_opt.forward import Inputs, map_inputs, predict
+from lightning_opt.losses import DistillationLoss, OnPolicy, Signals, Supervision, Term, combine_teachers, value_at
+from lightning_opt.losses.schedules import Schedule
+from lightning_opt.losses.teachers import (
+    FixedWeights,
+    Mix,
+    TeacherWeights,
+    mix_probabilities,
+    mix_sigmoids,
+    mix_values,
+)
+from lightning_opt.modules.base import OptimizerFactory, SchedulerFactory, TaskModule
+from lightning_opt.modules.taps import FeatureTaps
+from lightning_opt.modules.teacher import Teacher
+from lightning_opt.modules.teacher_cache import TeacherCache
+from lightning_opt.tasks import Example, Multilabel, Regression, Task
+
+_BUILD_SEED = 20_251  # projectors start the same on every rank and in every resumed run
+
+
+class Distillation(TaskModule):
+    """Minimise `task_weight * task loss + sum of weight * term`.
+
+    The teachers are held outside the module tree: they are in no checkpoint, no optimizer and no gradient bucket.
+    What the losses learn themselves (projectors, memory banks) is trained and checkpointed with the student and is
+    absent from its artifact.
+
+    Args:
+        student: The network that is trained; `model` is another name for it.
+        teacher: One or several teachers, or plain frozen networks.
+        task: How to read a batch, the task's own loss and the metrics.
+        losses: What to compare; a plain loss counts with weight 1.
+        task_weight: Weight of the loss on labels; a number or a schedule over progress.
+        optimizer: As in `TaskModule`.
+        scheduler: As in `TaskModule`.
+        weighting: How several teachers are combined; evenly when not given.
+        sampling: Replaces some batches by sequences that the student or the teacher wrote.
+        cache: The teachers' answers on the training set; the teachers are then not called while training.
+
+    Raises:
+        ValueError: No teacher, or neither a loss nor a task weight.
+        ConfigError: A loss asks for what the cache does not hold.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | nn.Module | Sequence[Teacher | nn.Module],
+        *,
+        task: Task,
+        losses: Sequence[Term | DistillationLoss],
+        task_weight: float | Schedule = 1.0,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        weighting: TeacherWeights | None = None,
+        sampling: OnPolicy | None = None,
+        cache: TeacherCache | None = None,
+    ) -> None:
+        super().__init__(student, task=task, optimizer=optimizer, scheduler=scheduler)
+        given = [teacher] if isinstance(teacher, Teacher | nn.Module) else list(teacher)
+        if not given:
+            raise ValueError("teacher is empty; Supervised trains a model alone")
+        if not losses:
+            raise ValueError("losses is empty: nothing would be learnt from the teacher")
+        self.teachers = [one if isinstance(one, Teacher) else Teacher(one) for one in given]
+        self.terms = nn.ModuleList(loss if isinstance(loss, Term) else Term(loss) for loss in losses)
+        self.task_weight = task_weight
+        self.weighting = weighting or FixedWeights()
+        self.sampling = sampling
+        self.cache = cache
+        self._student_taps: FeatureTaps | None = None
+        self._is_built = False
+        self._refuse_features_from_cache()
+
+    @property
+    def student(self) -> nn.Module:
+        """The network that is trained."""
+        return self.model
+
+    def _each_term(self) -> list[Term]:
+        return cast(list[Term], list(self.terms))
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Give losses the shapes they need, before weights are restored; refuse teachers that do not match."""
+        if stage == "fit" and not self._is_built:
+            self.build(self._example())
+            self._is_built = True
+
+    def build(self, example: Example) -> None:
+        """Run one batch through all networks, check that they match, and let the losses make their parts.
+
+        Raises:
+            ConfigError: The teacher's answer has another shape, or it does not know the student's tokens.
+        """
+        # Neither random state nor batch statistics may move: a resumed run comes through here too.
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(_BUILD_SEED)
+            student_signals = _signals(self.model, self._student_patterns(), example.inputs)
+            answers = [
+                _answer(teacher, patterns, example.inputs)
+                for teacher, patterns in zip(self.teachers, self._teacher_patterns(), strict=True)
+            ]
+            for teacher, answer in zip(self.teachers, answers, strict=True):
+                _check_match(student_signals.logits, answer.logits, teacher.name)
+            together = combine_teachers(answers, FixedWeights()(answers, Supervision()), mix=mix_of(self.task))
+            for term in self._each_term():
+                term.loss.build(student_signals, together)
+        self._warn_when_larger()
+
+    @override
+    def on_fit_start(self) -> None:
+        if self.cache is None:
+            for teacher, patterns in zip(self.teachers, self._teacher_patterns(), strict=True):
+                teacher.to(self.device).watch(patterns)
+        if patterns := self._student_patterns():
+            self._student_taps = FeatureTaps(self.model, patterns)
+            self._student_taps.install()
+
+    @override
+    def on_fit_end(self) -> None:
+        for teacher in self.teachers:
+            teacher.watch([])
+        if self._student_taps is not None:
+            self._student_taps.remove()
+            self._student_taps = None
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        read = self.task.read(batch)
+        example = self._sampled(read)
+        labels = self.labels_of(example)
+        logits = self.task.logits(self.model, example.inputs)
+        features = self._student_taps.collect() if self._student_taps is not None else {}
+        student = Signals(logits=logits, features=features)
+        supervision = Supervision(
+            labels=labels,
+            mask=self.task.mask(labels),
+            token_mask=example.token_mask,
+            index=example.index,
+            progress=self.progress,
+        )
+        teacher = self._ask(example, supervision)
+        # What a student wrote itself must not be taught to it as if it were right.
+        labels_are_true = example is read or self.sampling is None or self.sampling.labels_are_true
+        parts = self._terms(student, teacher, supervision, with_labels=labels_are_true)
+        total = torch.stack(list(parts.values())).sum()
+        self.log_terms({"loss": total, **{f"loss_{name}": value for name, value in parts.items()}})
+        return total
+
+    def _terms(
+        self, student: Signals, teacher: Signals, supervision: Supervision, *, with_labels: bool
+    ) -> dict[str, Tensor]:
+        """Return every weighted part of the loss by name; parts of weight zero are not computed."""
+        parts = {}
+        task_weight = value_at(self.task_weight, supervision.progress)
+        if task_weight and with_labels:
+            assert supervision.labels is not None
+            parts["task"] = task_weight * self.task.loss(student.logits, supervision.labels)
+        for term in self._each_term():
+            weight = value_at(term.weight, supervision.progress)
+            # A part with parameters of its own is always computed: under ddp each of them must get a gradient.
+            if weight or any(True for _ in term.parameters()):
+                parts[term.name] = weight * term.loss(student, teacher, supervision)
+        return parts or {"task": 0.0 * student.logits.sum()}
+
+    def _ask(self, example: Example, supervision: Supervision) -> Signals:
+        if self.cache is not None:
+            if example.index is None:
+                raise ConfigError("teacher.cache needs the batch's 'index'; the data module gives none")
+            return Signals(logits=self.cache.read(example.index, epoch=self.current_epoch).to(self.device))
+        answers = [teacher(example.inputs) for teacher in self.teachers]
+        if len(answers) == 1:
+            return answers[0]
+        return combine_teachers(answers, self.weighting(answers, supervision), mix=mix_of(self.task))
+
+    def _sampled(self, example: Example) -> Example:
+        if self.sampling is None:
+            return example
+        if isinstance(example.inputs, tuple):
+            raise ConfigError("loss.sampling writes sequences of tokens; the data gives several tensors per sample")
+        was_training = self.model.training
+        self.model.eval()
+        inputs, labels = self.sampling.mix(
+            example.inputs,
+            self.labels_of(example),
+            lambda ids: self.task.logits(self.model, ids),
+            lambda ids: self.teachers[0](ids).logits,
+            step=self.global_step,
+            seed=_BUILD_SEED,
+        )
+        self.model.train(was_training)
+        if inputs is example.inputs:
+            return example
+        return Example(inputs=inputs, labels=labels, index=example.index, token_mask=example.token_mask)
+
+    def _student_patterns(self) -> list[str]:
+        return list(dict.fromkeys(pattern for term in self._each_term() for pattern in term.loss.student_taps))
+
+    def _teacher_patterns(self) -> list[list[str]]:
+        """Return each teacher's tap patterns; of several teachers, "1.layer3" means the second one's `layer3`."""
+        wanted = list(dict.fromkeys(pattern for term in self._each_term() for pattern in term.loss.teacher_taps))
+        if len(self.teachers) == 1:
+            return [wanted]
+        numbers = range(len(self.teachers))
+        return [[name.removeprefix(f"{n}.") for name in wanted if name.startswith(f"{n}.")] for n in numbers]
+
+    def _example(self) -> Example:
+        """Return a small batch without moving any random state or loader."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None and hasattr(datamodule, "example_inputs"):
+            inputs = datamodule.example_inputs(2)
+        else:
+            with torch.random.fork_rng():
+                batches = self.trainer.fit_loop._data_source.dataloader()
+                inputs = self.task.read(next(iter(batches))).inputs
+        return Example(inputs=map_inputs(inputs, lambda value: value.to(self.device)))
+
+    def _refuse_features_from_cache(self) -> None:
+        if self.cache is None:
+            return
+        for term in self._each_term():
+            if "features" in term.loss.needs or term.loss.teacher_taps:
+                raise ConfigError(
+                    f"loss.terms.{term.name} reads the teacher's features and teacher.cache holds only its logits; "
+                    "set teacher.cache=null or drop this loss"
+                )
+
+    def _warn_when_larger(self) -> None:
+        student = sum(p.numel() for p in self.model.parameters())
+        teacher = sum(p.numel() for one in self.teachers for p in one.model.parameters())
+        if student > teacher:
+            warnings.warn(
+                f"the student ({student:,} parameters) is larger than its teacher ({teacher:,})", stacklevel=2
+            )
+
+
+def _signals(model: nn.Module, patterns: Sequence[str], inputs: Inputs) -> Signals:
+    """Look at a network once, in eval mode, and leave it in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    with FeatureTaps(model, patterns) as taps:
+        logits = predict(model, inputs)
+        features = taps.collect()
+    model.train(was_training)
+    return Signals(logits=logits, features=features)
+
+
+def _answer(teacher: Teacher, patterns: Sequence[str], inputs: Inputs) -> Signals:
+    """Ask a teacher once, on the device where the example is."""
+    teacher.watch(patterns)
+    try:
+        return teacher(inputs)
+    finally:
+        teacher.watch([])
+
+
+def mix_of(task: Task) -> Mix:
+    """Return how the answers of several teachers are averaged for a task."""
+    if isinstance(task, Regression):
+        return mix_values
+    return mix_sigmoids if isinstance(task, Multilabel) else mix_probabilities
+
+
+def _check_match(student: Tensor, teacher: Tensor, name: str) -> None:
+    if student.shape != teacher.shape:
+        raise ConfigError(
+            f"teacher: {name} answers with shape {tuple(teacher.shape)} and the student with {tuple(student.shape)}; "
+            "both need the same classes, labels or vocabulary"
+        )
