@@ -148,12 +148,14 @@ class MultiLevelKD(DistillationLoss):
 
     def _one_temperature(self, student: Tensor, teacher: Tensor, mask: Tensor | None, *, temperature: float) -> Tensor:
         instance = masked_mean(kd(student, teacher, temperature=temperature), mask)
-        rows = [soft_log_probs(logits, temperature=temperature).exp().flatten(0, -2) for logits in (student, teacher)]
-        count: Tensor | int = max(len(rows[0]), 1)
+        ours, theirs = (
+            soft_log_probs(logits, temperature=temperature).exp().flatten(0, -2) for logits in (student, teacher)
+        )
+        count: Tensor | int = max(len(ours), 1)
         if mask is not None:
-            rows = [p * mask.flatten().unsqueeze(-1) for p in rows]
-            count = mask.sum().clamp(min=1)
-        batch, classes = gram_gaps(*rows, count)
+            counts = mask.flatten().unsqueeze(-1)
+            ours, theirs, count = ours * counts, theirs * counts, mask.sum().clamp(min=1)
+        batch, classes = gram_gaps(ours, theirs, count)
         return self.instance * instance + self.batch * batch + self.classes * classes
 
 

@@ -67,12 +67,13 @@ def log_mixture(log_p: Tensor, log_q: Tensor, *, share: float) -> Tensor:
     return torch.logaddexp(log_p.clamp(min=_LOWEST) + math.log(share), log_q.clamp(min=_LOWEST) + math.log1p(-share))
 
 
-def standardize(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
+def standardize(logits: Tensor, *, smallest: float = 1e-3) -> Tensor:
     """Give each position's logits mean 0 and standard deviation 1 over the classes.
 
     Sun, Ren, Li, Wang, Cao (2024), "Logit Standardization in Knowledge Distillation", arXiv 2403.01427, algorithm 1:
     the Z-score, with the population's deviation (divided by C). The temperature is applied afterwards. A class at -inf
-    stays there and is left out of mean and deviation.
+    stays there and is left out of mean and deviation. A deviation below `smallest` counts as that much: a student whose
+    last layer starts at zero would otherwise have an unbounded gradient.
     """
     logits = at_least_float32(logits)
     ruled_out = torch.isneginf(logits)
@@ -81,4 +82,4 @@ def standardize(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
     centred = (known - known.sum(dim=-1, keepdim=True) / count).masked_fill(ruled_out, 0.0)
     # vector_norm has gradient 0 for equal logits, where a square root would give NaN.
     deviation = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / count.sqrt()
-    return (centred / (deviation + eps)).masked_fill(ruled_out, -torch.inf)
+    return (centred / deviation.clamp(min=smallest)).masked_fill(ruled_out, -torch.inf)

@@ -72,11 +72,10 @@ def _draw(logits: Tensor, *, temperature: float, top_k: int | None, generator: t
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     if top_k is not None and top_k < logits.shape[-1]:
-        likely, indices = logits.topk(top_k, dim=-1)
-        return indices.gather(-1, _draw(likely, temperature=temperature, top_k=None, generator=generator)[:, None])[
-            :, 0
-        ]
-    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)[:, 0]
+        # By place and not by value: equal logits must not let more than top_k through.
+        likeliest = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, likeliest.indices, likeliest.values)
+    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator).squeeze(-1)
 
 
 def _check_sampling(
@@ -95,10 +94,10 @@ def _check_sampling(
 class OnPolicy:
     """Replace some batches by prompts from the data and what a model makes of them.
 
-    With the teacher's samples it is sequence-level distillation (Kim, Rush, 2016, arXiv 1606.07947, section 3.2, by
-    sampling instead of beam search); with the student's it is the on-policy part of GKD (Agarwal and others, 2024, arXiv
-    2306.13649, algorithm 1), where `fraction` is lambda. Only drawn tokens keep a label, so losses and metrics look at
-    nothing else; a student must not be taught its own samples as if they were right, see `labels_are_true`.
+    With the teacher's samples it is sequence-level distillation (Kim, Rush, 2016, arXiv 1606.07947, section 3.2, here
+    by sampling instead of beam search); with the student's it is the on-policy part of GKD (Agarwal and others, 2024,
+    arXiv 2306.13649, algorithm 1), where `fraction` is lambda. Only drawn tokens keep a label, so losses and metrics
+    look at nothing else. A student must not be taught its own samples as if they were right: see `labels_are_true`.
 
     Args:
         fraction: Share of the batches that are replaced, in [0, 1].
@@ -134,7 +133,8 @@ class OnPolicy:
             raise ValueError(f"source must be 'student' or 'teacher', not {source!r}")
         if prompt_length < 1:
             raise ValueError(f"prompt_length must be at least 1, not {prompt_length}")
-        _check_sampling(torch.zeros(1, 1), max_new_tokens or 1, temperature, top_k, context_length)
+        new_tokens = 1 if max_new_tokens is None else max_new_tokens
+        _check_sampling(torch.zeros(1, 1), new_tokens, temperature, top_k, context_length)
         self.fraction = fraction
         self.source = source
         self.prompt_length = prompt_length

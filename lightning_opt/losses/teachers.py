@@ -52,7 +52,8 @@ class FixedWeights:
         if len(shares) != count:
             raise ValueError(f"weights holds {len(shares)} numbers for {count} teachers")
         logits = teacher_signals[0].logits
-        column = torch.tensor(shares, dtype=at_least_float32(logits).dtype, device=logits.device)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        column = torch.tensor(shares, dtype=dtype, device=logits.device)
         return column.unsqueeze(-1).expand(-1, len(logits))
 
 
@@ -138,7 +139,7 @@ def combine_teachers(teacher_signals: Sequence[Signals], weights: Tensor, *, mix
             `mix_values` for regression.
 
     Returns:
-        The only teacher as it is; of several the mixed logits, and each feature under "NUMBER.NAME", such as "0.layer3".
+        The only teacher as it is; of several the mixed logits, and each feature under "NUMBER.NAME", as in "0.layer3".
 
     Raises:
         ValueError: There is no teacher, or the teachers' logits or the weights differ in shape.

@@ -85,7 +85,8 @@ def top_k_kl(
 class TopKKL(Divergence):
     """The forward KL that a cached teacher allows: its K likeliest classes and the mass of the rest (see `top_k_kl`).
 
-    With a live teacher it gives what the cache would give; logits made by `expand_top_k` lead to the same value.
+    With a live teacher it gives what the cache would give: at temperature 1, logits made by `expand_top_k` lead to the
+    same value.
 
     Args:
         k: How many classes are kept, at least 1 and at most the vocabulary.

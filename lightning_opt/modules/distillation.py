@@ -1,13 +1,16 @@
 """A student that learns from teachers and from labels at once."""
 
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_opt.checkpointing.keys import mix
 from lightning_opt.errors import ConfigError
 from lightning_opt.forward import Inputs, map_inputs, predict
 from lightning_opt.losses import DistillationLoss, OnPolicy, Signals, Supervision, Term, combine_teachers, value_at
@@ -75,6 +78,9 @@ class Distillation(TaskModule):
             raise ValueError("losses is empty: nothing would be learnt from the teacher")
         self.teachers = [one if isinstance(one, Teacher) else Teacher(one) for one in given]
         self.terms = nn.ModuleList(loss if isinstance(loss, Term) else Term(loss) for loss in losses)
+        names = ["task", *(term.name for term in self._each_term())]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"losses: the name {repeated[0]!r} is taken twice; give Term(..., name=...) another one")
         self.task_weight = task_weight
         self.weighting = weighting or FixedWeights()
         self.sampling = sampling
@@ -198,12 +204,14 @@ class Distillation(TaskModule):
             lambda ids: self.task.logits(self.model, ids),
             lambda ids: self.teachers[0](ids).logits,
             step=self.global_step,
-            seed=_BUILD_SEED,
+            # Ranks write different samples; a resumed run writes the same ones.
+            seed=mix(int(os.environ.get("PL_GLOBAL_SEED", "0")), self.global_rank),
         )
         self.model.train(was_training)
         if inputs is example.inputs:
             return example
-        return Example(inputs=inputs, labels=labels, index=example.index, token_mask=example.token_mask)
+        # The samples' own mask: they may be of another length than what they replace.
+        return replace(self.task.read({**_named(inputs), "labels": labels}), inputs=inputs, index=example.index)
 
     def _student_patterns(self) -> list[str]:
         return list(dict.fromkeys(pattern for term in self._each_term() for pattern in term.loss.student_taps))
@@ -264,6 +272,10 @@ def _answer(teacher: Teacher, patterns: Sequence[str], inputs: Inputs) -> Signal
         return teacher(inputs)
     finally:
         teacher.watch([])
+
+
+def _named(inputs: Inputs) -> dict[str, Tensor]:
+    return dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}  # type: ignore[dict-item]
 
 
 def mix_of(task: Task) -> Mix:

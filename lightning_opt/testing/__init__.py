@@ -1,0 +1,26 @@
+"""Checkers that users can run on their own parts. Each is loaded only when it is asked for."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_opt.testing.losses import check_loss
+    from lightning_opt.testing.models import ModelCheck, check_model
+    from lightning_opt.testing.resume import Fit, check_resume, compare_checkpoints
+
+_HOME = {
+    "Fit": "resume",
+    "ModelCheck": "models",
+    "check_loss": "losses",
+    "check_model": "models",
+    "check_resume": "resume",
+    "compare_checkpoints": "resume",
+}
+
+__all__ = ["Fit", "ModelCheck", "check_loss", "check_model", "check_resume", "compare_checkpoints"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

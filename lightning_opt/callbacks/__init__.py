@@ -1,0 +1,7 @@
+"""Callbacks: each says when it acts, what it leaves in a checkpoint and which strategies it supports."""
+
+from lightning_opt.callbacks.metrics_csv import LogPosition, MetricsCsv
+from lightning_opt.callbacks.non_finite import NonFiniteGuard
+from lightning_opt.callbacks.progress import PlainProgress, progress
+
+__all__ = ["LogPosition", "MetricsCsv", "NonFiniteGuard", "PlainProgress", "progress"]

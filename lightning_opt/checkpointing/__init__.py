@@ -1,0 +1,39 @@
+"""Checkpoints that survive kill -9 at any moment, and runs that continue from them bit for bit."""
+
+from lightning_opt.checkpointing.callback import SaveCheckpoints
+from lightning_opt.checkpointing.foreign import make_resumable
+from lightning_opt.checkpointing.io import (
+    CheckpointDamagedError,
+    DurableCheckpointIO,
+    load_primitives,
+    require_free_space,
+    sweep_stale_temps,
+)
+from lightning_opt.checkpointing.loader import (
+    EpochBatchSampler,
+    ResumableLoader,
+    SeededDataset,
+    eval_loader,
+    train_loader,
+)
+from lightning_opt.checkpointing.metrics import MetricState
+from lightning_opt.checkpointing.resume import find_checkpoint
+from lightning_opt.checkpointing.rng import RngState
+
+__all__ = [
+    "CheckpointDamagedError",
+    "DurableCheckpointIO",
+    "EpochBatchSampler",
+    "MetricState",
+    "ResumableLoader",
+    "RngState",
+    "SaveCheckpoints",
+    "SeededDataset",
+    "eval_loader",
+    "find_checkpoint",
+    "load_primitives",
+    "make_resumable",
+    "require_free_space",
+    "sweep_stale_temps",
+    "train_loader",
+]

@@ -1,0 +1,166 @@
+"""One job, from a checked config to its report."""
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning_opt.cli import measuring
+from lightning_opt.cli.fitting import Fitted, Interrupted, fit
+from lightning_opt.cli.log import log, log_to_file, start_logging
+from lightning_opt.cli.rehearsal import rehearse
+from lightning_opt.cli.run_folder import claim, is_finished, save_config
+from lightning_opt.cli.teachers import Found, find_cache, find_teachers, initialiser
+from lightning_opt.config import launch
+from lightning_opt.config.build import Config, build_data, build_task
+from lightning_opt.config.paths import make_run_dir, open_run_dir
+from lightning_opt.errors import ConfigError, LightningOptError
+from lightning_opt.reporting import finish, new_record, read_record, write_record
+from lightning_opt.reporting.report import render
+from lightning_opt.reporting.terminal import summary
+
+Record = dict[str, Any]
+
+
+def run(config: Config, *, yaml: str, command: Sequence[str], warnings: Sequence[str] = ()) -> Any:
+    """Run one job in its folder and return its objective(s).
+
+    Raises:
+        ConfigError: The config cannot be built, or `run_dir` holds a run of another config.
+    """
+    start_logging()
+    if launch.launched_from_outside() and not config.get("run_dir"):
+        raise ConfigError("run_dir has no value; several processes were started from outside and must share one folder")
+    rehearse(config)
+    folder = open_run_dir(config["run_dir"]) if config.get("run_dir") else make_run_dir(**_place(config))
+    with claim(folder):
+        if is_finished(folder):
+            log.info("%s is finished; its report: %s", folder, folder / "report.html")
+            return objective(config, read_record(folder))
+        save_config(folder, config, yaml, command)
+        with launch.job(folder), _logged(folder):
+            for warning in warnings:
+                log.warning("warning: %s", warning)
+            return _recorded(config, folder, command, warnings)
+
+
+def run_as_rank(folder: Path) -> None:
+    """Take part in a job as one of its other ranks."""
+    start_logging()
+    config = json.loads((folder / ".hydra" / "resolved.json").read_text(encoding="utf-8"))
+    _fits(config, folder)
+
+
+def _place(config: Config) -> dict[str, str]:
+    return {"run_root": config["run_root"], "task_name": config["task_name"]}
+
+
+def _recorded(config: Config, folder: Path, command: Sequence[str], warnings: Sequence[str]) -> Any:
+    """Run the stages; whatever happens, the record says how it ended."""
+    record = _open_record(config, folder, command, warnings)
+    try:
+        record |= _stages(config, folder)
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | Interrupted | SystemExit)
+        status = "interrupted" if stopped else "failed"
+        _leave(folder, finish(record, status=status, error=None if stopped else f"{type(error).__name__}: {error}"))
+        if isinstance(error, Interrupted):
+            log.info("%s; the same command with run_dir=%s goes on", error, folder)
+            sys.exit(143)
+        raise
+    record = finish(record)
+    write_record(folder, record)
+    render(folder)
+    print(summary(record))
+    log.info("report: %s", folder / "report.html")
+    return objective(config, record)
+
+
+def _open_record(config: Config, folder: Path, command: Sequence[str], warnings: Sequence[str]) -> Record:
+    """Start the record, or take up the one of a run that was stopped: it began when it first began."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    record = new_record(command, seed=config["seed"], config_sha256=digest, task_name=config["task_name"])
+    if (folder / "record.json").is_file():
+        record["started"] = read_record(folder)["started"]
+    record["warnings"] = list(warnings)
+    write_record(folder, record)
+    return record
+
+
+def _leave(folder: Path, record: Record) -> None:
+    """Write the last words of a run that did not end well; a full disk must not hide why."""
+    try:
+        write_record(folder, record)
+    except LightningOptError as error:
+        log.warning("the record could not be written: %s", error)
+
+
+def _stages(config: Config, folder: Path) -> Record:
+    """Fit what the config asks for, then measure, export and compare."""
+    fitted, found, data = _fits(config, folder)
+    return measuring.measure_all(config, folder, fitted, found, data)
+
+
+def _fits(config: Config, folder: Path) -> tuple[dict[str, Fitted], Found, Any]:
+    """Train the teacher where needed, the student alone where asked, and the student; every rank comes through here."""
+    found = find_teachers(config)
+    task, data = build_task(config), build_data(config)
+    cache = find_cache(config, found.teachers, data, task)
+    fitted = {}
+    if config.get("baseline") and found.teachers:
+        alone = {**config, "teacher": None, "compile": config.get("compile", False)}
+        fitted["baseline"] = fit(
+            alone, folder / "baseline", task=task, datamodule=build_data(config), name="student alone"
+        )
+    fitted["student"] = fit(
+        config,
+        folder,
+        task=task,
+        datamodule=data,
+        teachers=found.teachers,
+        cache=cache,
+        name="distilled student" if found.teachers else "model",
+        prepare=initialiser(config, found.teachers),
+    )
+    return fitted, found, data
+
+
+def objective(config: Config, record: Record) -> Any:
+    """Return what a sweeper optimises: `objective` names one value of the record or several.
+
+    Names are the test metrics (`test/acc`), the validation value that chose the best weights (`val`), and
+    `latency_ms`, `size_bytes`, `params`, `flops` of the student.
+
+    Raises:
+        ConfigError: There is no value of that name.
+    """
+    names = config.get("objective")
+    if names is None:
+        return None
+    student = record["models"].get("student") or {}
+    values: dict[str, Any] = {f"test/{name}": value for name, value in (student.get("quality") or {}).items()}
+    values |= {name: student.get(name) for name in ("size_bytes", "params", "params_nonzero", "flops")}
+    values["latency_ms"] = (student.get("latency_ms") or [{}])[0].get("p50")
+    values["val"] = record.get("best_value")
+    picked = []
+    for name in [names] if isinstance(names, str) else names:
+        if values.get(name) is None:
+            there = ", ".join(key for key, value in values.items() if value is not None)
+            raise ConfigError(f"objective={name}: this run has no such value; it has {there}")
+        picked.append(float(values[name]))
+    return picked[0] if isinstance(names, str) else tuple(picked)
+
+
+@contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    """Write train.log while the job runs."""
+    handler: logging.Handler = log_to_file(folder / "train.log")
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,60 @@
+"""`train`: build -> fit -> test -> benchmark -> export -> report -> return the objective(s)."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_opt.cli import help as help_text
+from lightning_opt.cli.guard import guarded
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # A user's own model lives where the command is given; a console script does not look there by itself.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    if help_text.wanted(words):
+        print(help_text.train())
+        return 0
+    return guarded(lambda: _run(words), debug=any(word.startswith(("debug=", "+debug=")) for word in words))
+
+
+def _run(words: list[str]) -> int:
+    """Compose and check first: nothing heavy is imported, nothing is created, until the config can work."""
+    from lightning_opt.config import compose, launch
+    from lightning_opt.config.checks import check
+    from lightning_opt.config.hydra_entry import sweep, through_hydra
+
+    if (folder := launch.folder_of_parent()) is not None:
+        return _as_rank(folder)
+    line = compose.read_command_line(words, config_name="train")
+    if line.flags:
+        return through_hydra(line)
+    if line.multirun:
+        return sweep(line, run_one=lambda config, yaml: _job(config, yaml, words))
+    composed = compose.compose_config(line)
+    config = compose.plain(composed)
+    warnings = check(config)
+    _job(config, compose.unresolved_yaml(composed), words, warnings=warnings)
+    return 0
+
+
+def _job(config: dict[str, Any], yaml: str, words: list[str], *, warnings: Sequence[str] = ()) -> Any:
+    """Run one job from a checked config; return its objective(s)."""
+    from lightning_opt.cli import job
+
+    return job.run(config, yaml=yaml, command=["train", *words], warnings=warnings)
+
+
+def _as_rank(folder: Path) -> int:
+    """Run as another rank of a job that is already running: its config, its folder, nothing else."""
+    from lightning_opt.cli import job
+
+    job.run_as_rank(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

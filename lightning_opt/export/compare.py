@@ -1,0 +1,51 @@
+"""How closely a file's answers repeat the model's."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lightning_opt.export.runner import Runner
+from lightning_opt.forward import Inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Two runners' answers compared.
+
+    Attributes:
+        max_abs_diff: Largest absolute difference.
+        largest: Largest absolute answer of the reference.
+        argmax_agreement: Share of positions at which both have their largest value, over the last axis, in the same
+            place; None when the answers are one value wide.
+    """
+
+    max_abs_diff: float
+    largest: float
+    argmax_agreement: float | None
+
+
+def compare(reference: Runner, runner: Runner, batches: Iterable[Inputs]) -> Difference:
+    """Run both on each batch and compare the answers.
+
+    Raises:
+        ValueError: There is no batch, or the answers have different shapes.
+    """
+    differences, sizes, agreeing, positions = [], [], 0, 0
+    for inputs in batches:
+        expected, found = reference.predict(inputs).double(), runner.predict(inputs).double()
+        if expected.shape != found.shape:
+            raise ValueError(f"answers have the shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
+        differences.append((expected - found).abs().max())
+        sizes.append(expected.abs().max())
+        if expected.dim() > 1 and expected.shape[-1] > 1:
+            agree = expected.argmax(-1) == found.argmax(-1)
+            agreeing, positions = agreeing + int(agree.sum()), positions + agree.numel()
+    if not differences:
+        raise ValueError("batches is empty: there is nothing to compare answers on")
+    return Difference(
+        # By torch's max, since Python's loses a NaN that does not come first.
+        max_abs_diff=float(torch.stack(differences).max()),
+        largest=float(torch.stack(sizes).max()),
+        argmax_agreement=agreeing / positions if positions else None,
+    )
