@@ -126,20 +126,30 @@ class NonFiniteGuard(pl.Callback):
 
 def is_bad(gradients: list[Tensor], loss: Tensor | None = None) -> bool:
     """Whether a NaN or an infinity is in any of the gradients or the loss: one reduction, one value read back."""
-    local = [getattr(g, "_local_tensor", g) for g in gradients]
-    norms = list(torch._foreach_norm(local, float("inf"))) if local else []
-    if loss is not None:
-        norms.append(loss.abs().reshape(()))
-    if not norms:
+    tensors = [getattr(g, "_local_tensor", g) for g in gradients]
+    sharded = any(tensor is not g for tensor, g in zip(tensors, gradients, strict=True))
+    tensors += [loss] if loss is not None else []
+    if not tensors or not _anywhere(~finite_norms(tensors), sharded=sharded):
         return False
+    # the norm of very large but finite values may overflow: only then is each value looked at
+    return _anywhere(torch.stack([~torch.isfinite(t).all().cpu() for t in tensors]), sharded=sharded)
+
+
+def finite_norms(tensors: list[Tensor]) -> Tensor:
+    """Return for each tensor whether its L2 norm is finite, as `(tensors,)` bools on one device."""
+    norms = list(torch._foreach_norm(tensors, 2))
     if len({(norm.dtype, norm.device) for norm in norms}) > 1:
         norms = [norm.to(norms[0].device, torch.float32) for norm in norms]
-    bad = ~torch.isfinite(torch.stack(norms)).all()
-    if any(hasattr(g, "_local_tensor") for g in gradients):  # each rank sees its shards only
-        count = bad.float()
+    return torch.isfinite(torch.stack(norms))
+
+
+def _anywhere(bad: Tensor, *, sharded: bool) -> bool:
+    found = bad.any()
+    if sharded:  # each rank sees its shards only, and all must take the same way
+        count = found.float()
         torch.distributed.all_reduce(count)
-        bad = count > 0
-    return bool(bad)
+        found = count > 0
+    return bool(found)
 
 
 def restore_weights(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -31,8 +31,8 @@ class SaveCheckpoints(Checkpoint):
     """Writes `last.ckpt` (the version before it stays as `previous.ckpt`) and `best.ckpt`.
 
     Acts: between two batches, when everything of the first is done (validation, schedulers, every hook) and nothing of
-    the second has begun; at the end of the fit; and on SIGTERM, after which the fit ends with a `SIGTERMException`
-    (exit code 143) and `stopped_by_signal` is set. Nothing is written once a `NonFiniteGuard` has tripped or a
+    the second has begun; at the end of the fit; and on SIGTERM, after which `stopped_by_signal` is set and the fit
+    ends with a `SIGTERMException` (exit code 143; none if the signal came in its last step). Nothing is written once a `NonFiniteGuard` has tripped or a
     parameter is not finite. Leaves in a checkpoint: the best value and step, and why the fit was to stop. Strategies:
     all that write one file; every rank must have this callback.
 
@@ -172,6 +172,8 @@ class SaveCheckpoints(Checkpoint):
         if self._end is not None:
             self._finished = True
             self._save_last(trainer)
+            if self._asked_to_stop(trainer, now=True):  # too late for the fit, not for what follows it
+                self.stopped_by_signal = self._signal.received or signal.SIGTERM
         self._release()
 
     @override
@@ -305,9 +307,8 @@ def first_non_finite(module: torch.nn.Module) -> str | None:
     named = [(n, p.detach()) for n, p in module.named_parameters() if p.is_floating_point() and p.numel()]
     if not named:
         return None
-    tensors = [getattr(p, "_local_tensor", p) for _, p in named]
-    highest = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, float("inf"))])
-    finite = torch.isfinite(highest)
-    if bool(finite.all()):
+    norms = torch._foreach_norm([getattr(p, "_local_tensor", p) for _, p in named], 2)
+    if bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
         return None
-    return named[int(torch.nonzero(~finite)[0])][0]
+    # the norm of very large but finite values may overflow: only then is each value looked at
+    return next((name for name, p in named if not bool(torch.isfinite(getattr(p, "_local_tensor", p)).all())), None)

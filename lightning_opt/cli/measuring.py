@@ -171,6 +171,8 @@ def deploy(
         quality=lambda predictor: quality_of(predictor, task, data),
         threads=timing.get("threads"),
     )
+    for entry in written:
+        entry["file"] = f"{place.name}/{entry['file']}" if entry["file"] else None
     return [deployed_entry(entry) for entry in written]
 
 

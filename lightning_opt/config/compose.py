@@ -13,6 +13,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_opt.config.adopt import adopt_targets, arguments_of_own_classes
 from lightning_opt.config.paths import conf_dir
 from lightning_opt.errors import ConfigError
 
@@ -68,6 +69,7 @@ def read_command_line(argv: Sequence[str], *, config_name: str) -> CommandLine:
                 values["flags"].append(rest.pop(0))
         else:
             values["overrides"].append(normalise(word))
+    values["overrides"] = arguments_of_own_classes(values["overrides"])
     return CommandLine(**values)
 
 
@@ -98,7 +100,9 @@ def compose_config(line: CommandLine) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            return compose(line.config_name, overrides=overrides)
+            config = compose(line.config_name, overrides=overrides)
+            adopt_targets(config, line.overrides)
+            return config
     except MissingConfigException as error:
         raise ConfigError(_missing_option(error)) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:

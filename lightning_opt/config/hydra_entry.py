@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from lightning_opt.config.adopt import adopt_targets
 from lightning_opt.config.checks import check
 from lightning_opt.config.compose import CommandLine, compose_config, normalise, plain, unresolved_yaml
 from lightning_opt.config.paths import conf_dir
@@ -36,6 +37,7 @@ def sweep(line: CommandLine, *, run_one: RunOne) -> int:
         check(plain(compose_config(CommandLine(**{**vars(line), "overrides": overrides, "multirun": False}))))
 
     def job(config: DictConfig) -> Any:
+        adopt_targets(config, list(HydraConfig.get().overrides.task))
         values = plain(config)
         values["run_dir"] = str(Path(HydraConfig.get().runtime.output_dir).resolve())
         return run_one(values, unresolved_yaml(config))

@@ -105,7 +105,6 @@ PLAIN: dict[str, dict[str, Key]] = {
     },
     "export": {
         "formats": Key("list[str] | str"),
-        "engines": Key("list[str] | None"),
     },
     "paths": {"cache_dir": Key("str")},
     "callbacks": {"*": NODE},

@@ -5,7 +5,9 @@ done to its structure, `manifest.json` the sha256 and size of each file. The man
 one is no artifact. Nothing in the folder is ever run.
 """
 
+import inspect
 import json
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -148,7 +150,7 @@ def _check_architecture(architecture: Any) -> None:
 
 def _self_contained(described: dict[str, Any], model: nn.Module, recipe: Recipe) -> dict[str, Any]:
     """Free a description from sources of weights, since the weights follow."""
-    if "pretrained" in described:
+    if "pretrained" in described or _can_be_pretrained(described["_target_"]):
         described = {**described, "pretrained": False}
     config = _hugging_face_config(model)
     # With a recipe the source's own layers are needed first, and only the source says how many there were.
@@ -170,10 +172,22 @@ def _hugging_face_config(model: nn.Module) -> dict[str, Any] | None:
     return None
 
 
-def _offline(described: dict[str, Any]) -> dict[str, Any]:
-    """Keep a description that may be foreign from fetching anything: the weights are in the artifact."""
-    changed = {"pretrained": False} if "pretrained" in described else {}
-    return {**described, **changed} | ({"local_files_only": True} if described.get("source") is not None else {})
+def _can_be_pretrained(target: str) -> bool:
+    """Tell whether a builder of this process fetches weights unless it is told not to."""
+    module, _, name = target.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return callable(found) and "pretrained" in inspect.signature(found).parameters
+
+
+def _offline(described: Any) -> Any:
+    """Keep a description that may be foreign from fetching anything, at any depth: the weights are in the artifact."""
+    if isinstance(described, list):
+        return [_offline(each) for each in described]
+    if not isinstance(described, dict):
+        return described
+    inside = {key: _offline(value) for key, value in described.items()}
+    changed = {"pretrained": False} if "pretrained" in inside else {}
+    return {**inside, **changed} | ({"local_files_only": True} if inside.get("source") is not None else {})
 
 
 def _read_text(path: Path) -> str:

@@ -134,7 +134,7 @@ def _build(value: Any, targets: Mapping[str, Callable[..., Any]]) -> Any:
         return targets[name](**arguments)
     except LightningOptError:
         raise
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # a foreign description may be wrong in any way; it is never a bug of ours
         raise ConfigError(f"{name} cannot be built from its description: {error}") from error
 
 

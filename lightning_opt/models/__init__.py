@@ -1,7 +1,7 @@
 """Reference models in plain torch, adapters for models from elsewhere, and Hugging Face models as plain modules."""
 
 from lightning_opt.models.adapters import LoadedWeights, LogitsOf, load_weights
-from lightning_opt.models.cnn import ConvNet, ConvNet1d
+from lightning_opt.models.cnn import ConvNet, ConvNet1d, LeNet
 from lightning_opt.models.gpt import GPT
 from lightning_opt.models.gru import GRUClassifier
 from lightning_opt.models.hugging_face import (
@@ -29,6 +29,7 @@ __all__ = [
     "ConvNet1d",
     "EncoderClassifier",
     "GRUClassifier",
+    "LeNet",
     "LoadedWeights",
     "LogitsModel",
     "LogitsOf",

@@ -57,6 +57,61 @@ class ConvNet(nn.Module):
         return self.head(self.dropout(self.pool(x).flatten(1)))
 
 
+class LeNet(nn.Module):
+    """Classify or regress small images of one size: convolutions, then linear layers that see where things are.
+
+    After LeCun et al. (1998), with 3x3 convolutions, batch normalisation and ReLU. Convolutions: Kaiming normal over
+    fan-out; linear layers: torch's own.
+
+    Args:
+        num_outputs: Values per sample, such as classes.
+        image_size: Pixels a side.
+        in_channels: Channels of the image.
+        widths: Channels of each convolution.
+        stride: Of each convolution; with 1 the image is halved by max pooling between convolutions, with 2 by them.
+        hidden: Width of a linear layer before the head; None: no such layer.
+        dropout: Probability of dropping a value before each linear layer.
+
+    Raises:
+        ValueError: An argument cannot work.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_outputs: int,
+        image_size: int = 28,
+        in_channels: int = 1,
+        widths: Sequence[int] = (16, 32, 64),
+        stride: int = 1,
+        hidden: int | None = 64,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if stride not in (1, 2):
+            raise ValueError(f"stride must be 1 or 2, got {stride}")
+        side, channels = positive("image_size", image_size), positive("in_channels", in_channels)
+        self.stages = nn.ModuleList()
+        for i, width in enumerate(positives("widths", widths)):
+            pools: list[nn.Module] = [nn.MaxPool2d(2)] if i and stride == 1 else []
+            self.stages.append(nn.Sequential(*pools, _conv_2d(channels, width, stride=stride)))
+            channels = width
+            side = (side + 1) // 2 if stride == 2 else side // 2 if i else side
+        if side < 1:
+            raise ValueError(f"image_size {image_size} is too small for {len(widths)} convolutions")
+        features = channels * side * side
+        self.hidden = nn.Sequential() if hidden is None else _hidden(features, positive("hidden", hidden), dropout)
+        self.dropout = nn.Dropout(probability("dropout", dropout))
+        self.head = nn.Linear(features if hidden is None else hidden, positive("num_outputs", num_outputs))
+        init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, in_channels, image_size, image_size)` to `(B, num_outputs)`."""
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(self.dropout(self.hidden(x.flatten(1))))
+
+
 class ConvNet1d(nn.Module):
     """Classify or regress signals with strided one-dimensional convolutions.
 
@@ -115,12 +170,13 @@ def _steps_left(length: int, layers: int) -> int:
     return length
 
 
-def _conv_2d(channels: int, width: int) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(channels, width, 3, padding=1, bias=False), norm=nn.BatchNorm2d(width), relu=nn.ReLU()
-        )
-    )
+def _hidden(features: int, width: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(features, width), nn.ReLU())
+
+
+def _conv_2d(channels: int, width: int, *, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(width), relu=nn.ReLU()))
 
 
 def _conv_1d(channels: int, width: int, *, kernel_size: int) -> nn.Sequential:

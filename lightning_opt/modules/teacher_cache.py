@@ -79,7 +79,7 @@ def cache_key(
         digest.update(f"{teacher.dtype} {teacher.preprocess!r}".encode())
         for name, value in sorted(teacher.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     rest = {"data": data_fingerprint, "versions": versions, "spec": spec, "weighting": repr(vars(weighting))}
     digest.update(json.dumps(rest, sort_keys=True).encode())
     return digest.hexdigest()

@@ -84,7 +84,9 @@ def canvas(height_inches: float, *, right: float = 0.0) -> Figure:
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.print_png(path, metadata={"Software": None})  # savefig would draw everything twice
     return path
 
 

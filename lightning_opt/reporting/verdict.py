@@ -150,7 +150,7 @@ def _caveats(record: Record, values: Mapping[str, float | None]) -> list[str]:
 def _against_best(row: Mapping[str, Any], ratio: float) -> str:
     engine = text.plain(row.get("best_dense_fp32_engine", "its best engine"))
     factor = _factor(ratio, "faster", "slower", "no faster")
-    reference = text.plain(row.get("reference", "teacher"))
+    reference = {"baseline": "student alone"}.get(str(row.get("reference")), "teacher")
     return (
         f"In its fastest engine ({text.plain(row['engine'])}) it is {factor} than the {reference} in its best dense "
         f"fp32 engine ({engine}) at batch {row['batch']}."

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import zipfile
 from pathlib import Path
@@ -82,14 +83,16 @@ def rotate_and_save(folder, step):  # the first time there is nothing to keep
     save(folder / "last.ckpt", step)
 
 
-@pytest.mark.parametrize("versions", [0, 1, 2])
+@pytest.mark.parametrize("versions", [0, 2])
 def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path, versions):
     number, killed = 0, True
+    (tmp_path / "0").mkdir()
+    for step in range(versions):
+        rotate_and_save(tmp_path / "0", step)
     while killed:
         number += 1
         folder = tmp_path / str(number)
-        for step in range(versions):
-            rotate_and_save(folder, step)
+        shutil.copytree(tmp_path / "0", folder)
         job = (
             functools.partial(rotate_and_save, folder, 9)
             if versions

@@ -49,9 +49,9 @@ EVERYWHERE = [1, 3, STEPS, STEPS + 1, (3, 3 + STEPS), (STEPS, 2 * STEPS, 2 * STE
         ({"scheduler": "one_cycle", "workers": 2}, [3, STEPS]),
         ({"max_steps": 13}, [1, STEPS, (STEPS - 1, STEPS + 1, 12)]),
         ({"max_steps": 2 * STEPS, "limit_val_batches": 0}, [2, STEPS]),
-        ({"val_check_interval": 2, "scheduler": "plateau"}, [1, 2, 3, STEPS, (4, STEPS + 2)]),
-        ({"check_val_every_n_epoch": 2}, [3, STEPS, 2 * STEPS]),
-        ({"accumulate_grad_batches": 2}, [1, 2, 3, (2, 4)]),
+        ({"val_check_interval": 2, "scheduler": "plateau"}, [2, 3, (4, STEPS, STEPS + 2)]),
+        ({"check_val_every_n_epoch": 2}, [STEPS, (3, 2 * STEPS)]),
+        ({"accumulate_grad_batches": 2}, [1, (2, 4), 3]),
         ({"limit_train_batches": 3}, [1, 3, (2, 4)]),
         ({"max_steps": 13, "val_check_interval": 3, "check_val_every_n_epoch": None}, [(2, 6), STEPS]),
         ({"reload_dataloaders_every_n_epochs": 1, "workers": 2}, [(3, STEPS)]),
@@ -335,6 +335,12 @@ def test_sigterm_in_the_last_batch_of_an_epoch_waits_for_its_validation(tmp_path
         fit(run)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert (state["global_step"], state["epoch"]) == (STEPS, 1)
+
+
+def test_sigterm_in_the_last_step_is_not_forgotten(tmp_path):
+    run = fit(make_run(tmp_path, callbacks=[functools.partial(SignalsItself, STEPS - 1)], max_epochs=1))
+    assert run.trainer.checkpoint_callback.stopped_by_signal == signal.SIGTERM
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["lightning_opt"]["finished"]
 
 
 class SeedsByRank(pl.Callback):

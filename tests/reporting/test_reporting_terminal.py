@@ -3,7 +3,7 @@
 import io
 import re
 
-from conftest import HOSTILE, full_record, rename
+from fake_run import HOSTILE, full_record, rename
 
 from lightning_opt.reporting import comparison, finish, new_record, summary
 

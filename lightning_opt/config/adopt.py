@@ -1,0 +1,53 @@
+"""`model._target_=my_pkg.Net`: another class in the place of an option's own.
+
+The option's arguments belong to its class. What the new class does not take is dropped, unless it was typed on the same
+command line, so that a class of the user's own needs no config file.
+"""
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lightning_opt.config.signatures import signature_of
+
+_WORDS = ("_target_", "_partial_", "_convert_", "_recursive_")
+
+
+def adopt_targets(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Drop, in place, the arguments that classes named on the command line do not take."""
+    typed = [word.lstrip("+").partition("=")[0] for word in overrides]
+    for key, value in (word.lstrip("+").split("=", 1) for word in overrides if "._target_=" in word):
+        path = key.removesuffix("._target_")
+        node = OmegaConf.select(config, path)
+        if not isinstance(node, DictConfig):
+            continue
+        accepted = _accepted(value.strip("'\""))
+        if accepted is None:
+            continue
+        mine = {word[len(path) + 1 :].partition(".")[0] for word in typed if word.startswith(f"{path}.")}
+        with open_dict(node):
+            for name in [str(name) for name in node if name not in _WORDS]:
+                if name not in accepted and name not in mine:
+                    del node[name]
+
+
+def arguments_of_own_classes(overrides: Sequence[str]) -> list[str]:
+    """Let `model.width=64` stand beside `model._target_=my_pkg.Net`: its arguments are not in any option of ours.
+
+    Hydra refuses keys that no option has; the check of the config refuses those that the class does not take.
+    """
+    named = [word.lstrip("+").partition("._target_=")[0] for word in overrides if "._target_=" in word]
+    return [
+        f"++{word}" if any(word.startswith(f"{path}.") for path in named) else word for word in overrides
+    ]
+
+
+def _accepted(target: str) -> set[str] | None:
+    """Return the arguments that a class takes; None where nothing is to be dropped."""
+    try:
+        signature = signature_of(target)
+    except LookupError:
+        return None  # the check of the config says what is wrong with the name
+    if signature is None:
+        return set()
+    return None if signature.open else set(signature.annotations)
