@@ -32,9 +32,9 @@ class SaveCheckpoints(Checkpoint):
 
     Acts: between two batches, when everything of the first is done (validation, schedulers, every hook) and nothing of
     the second has begun; at the end of the fit; and on SIGTERM, after which `stopped_by_signal` is set and the fit
-    ends with a `SIGTERMException` (exit code 143; none if the signal came in its last step). Nothing is written once a `NonFiniteGuard` has tripped or a
-    parameter is not finite. Leaves in a checkpoint: the best value and step, and why the fit was to stop. Strategies:
-    all that write one file; every rank must have this callback.
+    ends with a `SIGTERMException` (exit code 143; none if the signal came in its last step). Nothing is written once
+    a `NonFiniteGuard` has tripped or a parameter is not finite. Leaves in a checkpoint: the best value and step, and
+    why the fit was to stop. Strategies: all that write one file; every rank must have this callback.
 
     Args:
         dirpath: Folder of the checkpoints.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from lightning_opt.checkpointing import DurableCheckpointIO, find_checkpoint
@@ -82,9 +83,7 @@ def fit(
         prepare(run.module.model)
     log.info("%s: %s", name, f"going on from {resume.name}" if resume else f"training in {folder}")
     started = time.monotonic()
-    run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=str(resume) if resume else None, weights_only=True)
-    if getattr(run.checkpoints, "stopped_by_signal", False):
-        raise Interrupted(f"{name}: stopped by a signal at step {run.trainer.global_step}; state saved")
+    _train(run, resume, name)
     seconds = time.monotonic() - started
     best = _load_best(run)
     fitted = Fitted(
@@ -98,6 +97,17 @@ def fit(
         _write_done(done, fitted, best)
     log.info("%s: %s after %d steps", name, show(fitted.quality), fitted.steps)
     return fitted
+
+
+def _train(run: Run, resume: Path | None, name: str) -> None:
+    """Fit; a signal that asked to stop has left a checkpoint, and is no error."""
+    path = str(resume) if resume else None
+    try:
+        run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=path, weights_only=True)
+    except SIGTERMException as stop:
+        raise Interrupted(f"{name}: stopped by a signal at step {run.trainer.global_step}; state saved") from stop
+    if run.checkpoints.stopped_by_signal:  # it came during the last step
+        raise Interrupted(f"{name}: stopped by a signal at step {run.trainer.global_step}; state saved")
 
 
 def judge(trainer: pl.Trainer, module: TaskModule, datamodule: pl.LightningDataModule) -> dict[str, float]:

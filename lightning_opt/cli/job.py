@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ def run_as_rank(folder: Path) -> None:
     """Take part in a job as one of its other ranks."""
     start_logging()
     config = json.loads((folder / ".hydra" / "resolved.json").read_text(encoding="utf-8"))
-    _fits(config, folder)
+    # Rank 0 says how the run ended; a launcher would take another code of this rank for a crash.
+    with suppress(Interrupted):
+        _fits(config, folder)
 
 
 def _place(config: Config) -> dict[str, str]:

@@ -67,7 +67,7 @@ def save_config(folder: Path, config: dict[str, Any], yaml: str, command: Sequen
     place.mkdir(exist_ok=True)
     (place / "config.yaml").write_text(yaml, encoding="utf-8")
     # One quoted word a line: these are words of a command line, not YAML of ours.
-    overrides = [f"- {json.dumps(word)}\n" for word in redact_words(list(command)[1:])]
+    overrides = [f"- {json.dumps(word)}\n" for word in redact_words(list(command)[2:])]
     (place / "overrides.yaml").write_text("".join(overrides) or "[]\n", encoding="utf-8")
     (place / "command.txt").write_text(shlex.join(redact_words(list(command))) + "\n", encoding="utf-8")
     write_durably(resolved, json.dumps(config, indent=2, default=str))

@@ -45,7 +45,13 @@ def _job(config: dict[str, Any], yaml: str, words: list[str], *, warnings: Seque
     """Run one job from a checked config; return its objective(s)."""
     from lightning_opt.cli import job
 
-    return job.run(config, yaml=yaml, command=["train", *words], warnings=warnings)
+    return job.run(config, yaml=yaml, command=[*_program(), *words], warnings=warnings)
+
+
+def _program() -> list[str]:
+    """Return the words before the arguments, as a person would type them again."""
+    name = Path(sys.argv[0]).name
+    return ["python", name] if name == "train.py" else ["lightning-opt", "train"]
 
 
 def _as_rank(folder: Path) -> int:
