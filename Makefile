@@ -17,7 +17,7 @@ distill: install
 	$(RUN) train.py +experiment=distill
 
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'

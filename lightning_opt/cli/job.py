@@ -38,10 +38,10 @@ def run(config: Config, *, yaml: str, command: Sequence[str], warnings: Sequence
     rehearse(config)
     folder = open_run_dir(config["run_dir"]) if config.get("run_dir") else make_run_dir(**_place(config))
     with claim(folder):
+        save_config(folder, config, yaml, command)
         if is_finished(folder):
             log.info("%s is finished; its report: %s", folder, folder / "report.html")
             return objective(config, read_record(folder))
-        save_config(folder, config, yaml, command)
         with launch.job(folder), _logged(folder):
             for warning in warnings:
                 log.warning("warning: %s", warning)
@@ -55,6 +55,7 @@ def run_as_rank(folder: Path) -> None:
     # Rank 0 says how the run ended; a launcher would take another code of this rank for a crash.
     with suppress(Interrupted):
         _fits(config, folder)
+        launch.leave_process_group()
 
 
 def _place(config: Config) -> dict[str, str]:
@@ -103,11 +104,15 @@ def _leave(folder: Path, record: Record) -> None:
 
 def _stages(config: Config, folder: Path) -> Record:
     """Fit what the config asks for, then measure, export and compare."""
-    fitted, found, data = _fits(config, folder)
+    fitted, found = _fits(config, folder)
+    # From here on one process works alone, on the whole test set; the other ranks are done.
+    launch.leave_process_group()
+    data = build_data(config)
+    data.prepare_data()
     return measuring.measure_all(config, folder, fitted, found, data)
 
 
-def _fits(config: Config, folder: Path) -> tuple[dict[str, Fitted], Found, Any]:
+def _fits(config: Config, folder: Path) -> tuple[dict[str, Fitted], Found]:
     """Train the teacher where needed, the student alone where asked, and the student; every rank comes through here."""
     found = find_teachers(config)
     task, data = build_task(config), build_data(config)
@@ -128,7 +133,7 @@ def _fits(config: Config, folder: Path) -> tuple[dict[str, Fitted], Found, Any]:
         name="distilled student" if found.teachers else "model",
         prepare=initialiser(config, found.teachers),
     )
-    return fitted, found, data
+    return fitted, found
 
 
 def objective(config: Config, record: Record) -> Any:

@@ -7,12 +7,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from lightning_opt.cli.fitting import Fitted, show
 from lightning_opt.cli.log import log
 from lightning_opt.cli.teachers import Found
 from lightning_opt.config.build import Config, build_task
-from lightning_opt.evaluation import Price, measure
+from lightning_opt.evaluation import Price, count_nonzero, count_parameters, measure, safetensors_bytes
 from lightning_opt.evaluation.available import available_engines
 from lightning_opt.evaluation.fidelity import class_fidelity, label_fidelity, value_fidelity
 from lightning_opt.evaluation.quality import evaluate
@@ -43,8 +44,8 @@ def measure_all(
         log.info("teacher: %s", show(quality["teacher"]))
     measured = _measured(config, models, data)
     entries = {
-        name: model_entry({**measured.get(name, {}), "quality": quality[name]}, reason="benchmark=false")
-        for name in models
+        name: model_entry(_facts(model) | measured.get(name, {}) | {"quality": quality[name]}, reason="benchmark=false")
+        for name, model in models.items()
     }
     artifact, student = folder / "artifact", fitted["student"]
     meta = {"task_name": config["task_name"], "quality": student.quality}
@@ -83,9 +84,17 @@ def batches_of_test(
 
 
 def quality_of(predictor: Callable[[Inputs], Tensor], task: Task, data: pl.LightningDataModule) -> dict[str, float]:
-    """Return the test metrics of anything that turns inputs into logits, the main one first."""
+    """Return the test metrics of anything that turns inputs into logits, the main one first, and its loss last."""
+    mean_loss = MeanMetric()
+
+    def for_metrics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        mask = task.mask(labels)
+        mean_loss.update(task.loss(logits, labels), len(labels) if mask is None else mask.sum())
+        return task.for_metrics(logits, labels)
+
     with torch.no_grad():
-        return evaluate(predictor, batches_of_test(task, data), task.metrics(), for_metric=task.for_metrics)
+        metrics = evaluate(predictor, batches_of_test(task, data), task.metrics(), for_metric=for_metrics)
+    return {task.main_metric: metrics.pop(task.main_metric), **metrics, "loss": float(mean_loss.compute())}
 
 
 def agreement(student: nn.Module, teacher: nn.Module, task: Task, data: pl.LightningDataModule) -> Record:
@@ -103,6 +112,15 @@ def _fidelity(task: Task) -> Callable[..., dict[str, Any]]:
     if isinstance(task, Regression):
         return value_fidelity
     return label_fidelity if isinstance(task, Multilabel) else class_fidelity
+
+
+def _facts(model: nn.Module) -> Record:
+    """Return what is known of a model without running it."""
+    return {
+        "params": count_parameters(model),
+        "params_nonzero": count_nonzero(model),
+        "size_bytes": safetensors_bytes(model),
+    }
 
 
 def _measured(config: Config, models: dict[str, nn.Module], data: pl.LightningDataModule) -> dict[str, Record]:

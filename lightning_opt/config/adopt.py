@@ -37,9 +37,7 @@ def arguments_of_own_classes(overrides: Sequence[str]) -> list[str]:
     Hydra refuses keys that no option has; the check of the config refuses those that the class does not take.
     """
     named = [word.lstrip("+").partition("._target_=")[0] for word in overrides if "._target_=" in word]
-    return [
-        f"++{word}" if any(word.startswith(f"{path}.") for path in named) else word for word in overrides
-    ]
+    return [f"++{word}" if any(word.startswith(f"{path}.") for path in named) else word for word in overrides]
 
 
 def _accepted(target: str) -> set[str] | None:

@@ -118,10 +118,10 @@ def _explained(error: BaseException, node: Config, key: str) -> LightningOptErro
         cause = cause.__cause__
         if isinstance(cause, LightningOptError):
             return cause
-    if isinstance(cause, ModuleNotFoundError) and cause.name:
-        extra = _EXTRA_OF.get(cause.name.partition(".")[0])
-        if extra:
-            return MissingExtraError(cause.name, extra=extra, needed_for=f"{key}={node.get('_target_')}")
+    if isinstance(cause, ModuleNotFoundError):
+        package = next((name for name in _EXTRA_OF if name in f"{cause.name} {cause}"), None)
+        if package:
+            return MissingExtraError(package, extra=_EXTRA_OF[package], needed_for=key)
     lines = str(cause).strip().splitlines() or [type(cause).__name__]
     return ConfigError(f"{key} ({node.get('_target_')}): {lines[0]}")
 

@@ -39,7 +39,7 @@ def job(run_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        _end_process_group()
+        leave_process_group()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -47,7 +47,8 @@ def job(run_dir: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _end_process_group() -> None:
+def leave_process_group() -> None:
+    """End this process's part in `torch.distributed`, if it has one."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
