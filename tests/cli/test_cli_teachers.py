@@ -1,0 +1,129 @@
+"""Where a teacher can come from: trained once and kept, several, a chain, a file, a run folder; its layers in the student."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightning_opt.cli import teachers
+from lightning_opt.cli.teachers import find_cache, find_teachers, initialiser, teacher_config, teacher_key
+from lightning_opt.config.build import build_data, build_model, build_task
+from lightning_opt.config.checks import check
+from lightning_opt.config.compose import compose_config, plain, read_command_line
+from lightning_opt.errors import ConfigError
+
+BASE = (
+    "+experiment=distill",
+    "data=digits",
+    "data.batch_size=256",
+    "model.image_size=8",
+    "teacher.model.image_size=8",
+    "teacher.model.widths=[4]",
+    "teacher.model.hidden=null",
+    "teacher.train.max_epochs=1",
+    "trainer.max_epochs=1",
+    "trainer.accelerator=cpu",
+    "callbacks=none",
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def composed(*words):
+        values = plain(compose_config(read_command_line([*BASE, *words, f"paths.cache_dir={tmp_path}"], config_name="train")))
+        check(values)
+        return values
+
+    return composed
+
+
+def test_trained_once_and_kept_by_its_recipe(config, monkeypatch):
+    first = find_teachers(config())
+    assert first.steps == 4
+    monkeypatch.setattr(teachers, "build_data", lambda recipe: pytest.fail("it was trained again"))
+    monkeypatch.setattr("lightning_opt.cli.fitting.build_run", lambda *a, **k: pytest.fail("it was trained again"))
+    monkeypatch.setattr(teachers, "build_data", build_data)
+    again = find_teachers(config("seed=7", "optimizer.lr=0.5"))
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(first.teachers[0](x).logits, again.teachers[0](x).logits)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["teacher.train.max_epochs=2", "teacher.model.widths=[5]", "teacher.train.optimizer.lr=1", "data.split_seed=3"],
+)
+def test_another_recipe_is_another_teacher(config, word):
+    assert teacher_key(teacher_config(config())) != teacher_key(teacher_config(config(word)))
+
+
+@pytest.mark.parametrize("word", ["data.num_workers=2", "model.widths=[4]", "seed=5", "run_dir=x", "loss=dkd"])
+def test_what_does_not_change_the_teacher_does_not_train_it_again(config, word):
+    assert teacher_key(teacher_config(config())) == teacher_key(teacher_config(config(word)))
+
+
+def test_members_differ_and_a_chain_has_an_assistant(config):
+    found = find_teachers(config("teacher.members=2"))
+    assert len(found.teachers) == 2
+    x = torch.randn(3, 1, 8, 8)
+    assert not torch.equal(found.teachers[0](x).logits, found.teachers[1](x).logits)
+    chain = config()
+    assistant = {**chain["teacher"], "train": {**chain["teacher"]["train"], "max_epochs": 1}}
+    chain["teacher"]["train"] |= {"teacher": assistant, "loss": chain["loss"], "seed": 3}
+    recipe = teacher_config(chain)
+    assert recipe["teacher"] == assistant
+    assert len(find_teachers(chain).folders) == 1
+
+
+def test_from_a_file_and_as_built(config, tmp_path):
+    values = config()
+    model = build_model(values["teacher"]["model"])
+    save_file(model.state_dict(), tmp_path / "t.safetensors")
+    values["teacher"] |= {"weights": str(tmp_path / "t.safetensors")}
+    x = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(find_teachers(values).teachers[0](x).logits, model.eval()(x))
+    values["teacher"] |= {"weights": None, "train": False}
+    assert find_teachers(values).folders == []
+
+
+def test_a_file_of_another_network_is_refused(config, tmp_path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "t.safetensors")
+    values = config()
+    values["teacher"] |= {"weights": str(tmp_path / "t.safetensors")}
+    with pytest.raises(ConfigError, match=r"t\.safetensors"):
+        find_teachers(values)
+
+
+def test_stored_answers_are_found_again_and_replace_the_teacher(config):
+    values = config()
+    found = find_teachers(values)
+    task, data = build_task(values), build_data(values)
+    cache = find_cache(values, found.teachers, data, task)
+    batch = next(iter(data.train_dataloader()))
+    want = found.teachers[0](batch[0]).logits
+    torch.testing.assert_close(cache.read(batch[2], epoch=0), want, atol=1e-2, rtol=1e-2)
+    assert find_cache(values, found.teachers, build_data(values), task).folder == cache.folder
+
+
+def test_unseeded_augmentation_is_refused_by_the_cache(config):
+    values = config()
+    found = find_teachers(values)
+    data = build_data(values)
+    loader = data.train_dataloader()
+    original = type(loader.dataset).__getitems__
+
+    class Noisy(type(loader.dataset)):
+        def __getitems__(self, keys):
+            x, *rest = original(self, keys)
+            return (x + torch.rand_like(x), *rest)
+
+    data.splits.train.__class__ = Noisy
+    with pytest.raises(ConfigError, match="not seeded"):
+        find_cache(values, found.teachers, data, build_task(values))
+
+
+def test_a_students_layers_start_from_the_teachers(config):
+    values = config("model.widths=[4]", "model.stride=1", "teacher.init_student={stages: stages}")
+    found = find_teachers(values)
+    student = build_model(values["model"])
+    initialiser(values, found.teachers)(student)
+    for name, value in student.stages.state_dict().items():
+        assert torch.equal(value, found.teachers[0].model.stages.state_dict()[name])
