@@ -14,7 +14,6 @@ from lightning_opt.cli.log import log
 from lightning_opt.cli.teachers import Found
 from lightning_opt.config.build import Config, build_task
 from lightning_opt.evaluation import Price, count_nonzero, count_parameters, measure, safetensors_bytes
-from lightning_opt.evaluation.available import available_engines
 from lightning_opt.evaluation.fidelity import class_fidelity, label_fidelity, value_fidelity
 from lightning_opt.evaluation.quality import evaluate
 from lightning_opt.export import LatencyPlan, export, save_artifact
@@ -135,8 +134,6 @@ def _measured(config: Config, models: dict[str, nn.Module], data: pl.LightningDa
 def benchmark_options(asked: Config) -> dict[str, Any]:
     """Return the arguments of `measure` that a benchmark config means."""
     options = {key: value for key, value in asked.items() if value is not None}
-    if options.get("engines") == "auto":
-        options["engines"] = available_engines()
     per_hour = options.pop("price_per_hour", None)
     terms = {name: options.pop(name) for name in ("currency", "utilisation") if name in options}
     return options | ({} if per_hour is None else {"price": Price(per_hour=per_hour, **terms)})

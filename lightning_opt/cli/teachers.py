@@ -112,7 +112,7 @@ def teacher_config(config: Config, member: int = 0) -> Config:
         "loss": budget.get("loss") or {"task_weight": 1.0, "terms": None},
         "optimizer": budget.get("optimizer") or config["optimizer"],
         "scheduler": budget.get("scheduler") or config.get("scheduler"),
-        "data": {**config["data"], "seed": seed, **(budget.get("data") or {})},
+        "data": {**config["data"], **_whole_batch(config), "seed": seed, **(budget.get("data") or {})},
         "trainer": trainer,
         "strategy": None,
         "logger": None,
@@ -121,6 +121,15 @@ def teacher_config(config: Config, member: int = 0) -> Config:
         "baseline": False,
         "seed": seed,
     }
+
+
+def _whole_batch(config: Config) -> Config:
+    """Return the batch size of all devices together: the same run on more devices has the same teacher."""
+    devices, size = config["trainer"].get("devices", 1), config["data"].get("batch_size")
+    count = len(devices) if isinstance(devices, list) else devices
+    if not isinstance(size, int) or not isinstance(count, int) or count < 1:
+        return {}
+    return {"batch_size": size * count * int(config["trainer"].get("num_nodes") or 1)}
 
 
 def teacher_key(recipe: Config) -> str:

@@ -84,7 +84,7 @@ PLAIN: dict[str, dict[str, Key]] = {
         "seed": Key("int | None", low=0),
         "optimizer": NODE,
         "scheduler": NODE,
-        "data": Key("dict"),
+        "data": Key("dict | None"),
         "teacher": NODE,
         "loss": NODE,
     },

@@ -1,6 +1,9 @@
 """Named models side by side: what each takes to run, on this machine, in one process, interleaved."""
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +11,7 @@ from torch import nn
 
 from lightning_opt.evaluation.cost import Price, cost_per_million
 from lightning_opt.evaluation.energy import EnergyMeter, EnergyUnavailableError, energy_meter, measure_energy
-from lightning_opt.evaluation.engines import Engine, build_engines, installed, torch_engine
+from lightning_opt.evaluation.engines import build_runners, chosen_engines
 from lightning_opt.evaluation.flops import count_flops
 from lightning_opt.evaluation.inputs import at_batch, to_device
 from lightning_opt.evaluation.latency import (
@@ -23,10 +26,10 @@ from lightning_opt.evaluation.memory import peak_memory
 from lightning_opt.evaluation.parameters import count_nonzero, count_parameters, model_dtype
 from lightning_opt.evaluation.size import safetensors_bytes
 from lightning_opt.evaluation.state import evaluation_mode, on_device
+from lightning_opt.export.runner import EagerRunner, Runner
 from lightning_opt.forward import Inputs
 
 Measures = dict[str, Any]
-_EAGER = "torch eager"
 
 
 def measure(
@@ -50,8 +53,8 @@ def measure(
         threads: CPU threads of every engine; None keeps PyTorch's number.
         rounds: Most calls of each at each batch size.
         max_seconds: Time for each batch size, all models and engines together.
-        engines: "torch", "onnxruntime", "openvino", or "auto" for all that are installed; on a device other than the
-            CPU only "torch" counts.
+        engines: "torch", "onnxruntime", "openvino", also "NAME:bfloat16", or "auto" for all that are there; on a
+            device other than the CPU only "torch" counts.
         price: What an hour of this machine costs.
         device: Where to measure.
 
@@ -62,86 +65,91 @@ def measure(
     Raises:
         ConfigError: An engine is unknown or not installed.
     """
-    names = installed(engines) if torch.device(device).type == "cpu" else ["torch"]
+    names = chosen_engines(engines) if torch.device(device).type == "cpu" else ["torch"]
     inputs = to_device(example_inputs, device)
     each = list(models.values())
-    with torch.no_grad(), evaluation_mode(*each), on_device(device, *each), fixed_threads(threads) as count:
-        built = {name: build_engines(model, inputs, names, threads=count) for name, model in models.items()}
-        ready = {name: pair[0] or [torch_engine(models[name])] for name, pair in built.items()}
+    with ExitStack() as stack:
+        for context in (torch.no_grad(), evaluation_mode(*each), on_device(device, *each)):
+            stack.enter_context(context)
+        count = stack.enter_context(fixed_threads(threads))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        bench = {
+            name: _Bench(name, model, inputs, names, threads=count, folder=folder / str(place))
+            for place, (name, model) in enumerate(models.items())
+        }
         timings = {
-            batch: _time(ready, at_batch(inputs, batch), rounds=rounds, max_seconds=max_seconds, device=device)
+            batch: _time(bench.values(), at_batch(inputs, batch), rounds=rounds, max_seconds=max_seconds, device=device)
             for batch in batch_sizes
         }
-        return {
-            name: _measures(model, inputs, ready[name], timings, threads=count, price=price, device=device, name=name)
-            | ({"engine_failures": built[name][1]} if built[name][1] else {})
-            for name, model in models.items()
+        return {name: one.measures(timings, price=price, device=device) for name, one in bench.items()}
+
+
+class _Bench:
+    """One model in its engines."""
+
+    def __init__(
+        self, name: str, model: nn.Module, inputs: Inputs, engines: Sequence[str], *, threads: int, folder: Path
+    ) -> None:
+        folder.mkdir()
+        self.name, self.model, self.inputs, self.threads = name, model, inputs, threads
+        # PyTorch eager is always measured: it is what the top-level numbers mean.
+        others = [engine for engine in engines if engine != "torch"]
+        self.eager = EagerRunner(model)
+        self.others, self.failures = build_runners(model, inputs, others, threads=threads, folder=folder)
+
+    def runners(self) -> Iterator[tuple[str, Runner]]:
+        """Yield each engine under a key that no other model's engine has."""
+        for runner in (self.eager, *self.others):
+            yield self.key(runner), runner
+
+    def key(self, runner: Runner) -> str:
+        """Return the key of an engine in the timings."""
+        return f"{self.name}\n{runner.engine}\n{runner.dtype}"
+
+    def measures(self, timings: Mapping[int, Timings], *, price: Price | None, device: torch.device | str) -> Measures:
+        """Put the model's measures together."""
+        key = self.key(self.eager)
+        latency, throughput, reasons = _latency(timings, key)
+        flops = count_flops(self.model, self.inputs)
+        result: Measures = {
+            "params": count_parameters(self.model),
+            "params_nonzero": count_nonzero(self.model),
+            "flops": flops.total,
+            "size_bytes": safetensors_bytes(self.model),
+            "latency_ms": latency,
+            "throughput_per_s": throughput,
+            "peak_memory_bytes": peak_memory(self.model, at_batch(self.inputs, 1)).bytes,
+            "energy_j_per_1k": None,
+            "cost_per_1m": None,
+            "runtime": {"engine": self.eager.engine, "threads": self.threads, "dtype": model_dtype(self.model)},
+            "reasons": reasons,
         }
+        if flops.not_counted:
+            reasons["flops_not_counted"] = ", ".join(sorted(flops.not_counted))
+        if any(timing.noisy(key) for timing in timings.values()):
+            reasons["latency_quality"] = "noisy: the machine was busy while this was timed; repeat it on a quiet one"
+        _add_energy(result, self.eager.bind(at_batch(self.inputs, 1)), device)
+        _add_cost(result, price)
+        if self.others:
+            result["engines"] = [self._entry(runner, timings) for runner in self.others]
+        return result | ({"engine_failures": self.failures} if self.failures else {})
+
+    def _entry(self, runner: Runner, timings: Mapping[int, Timings]) -> Measures:
+        latency, throughput, reasons = _latency(timings, self.key(runner))
+        entry: Measures = {"engine": runner.engine, "dtype": runner.dtype, "dense": True, "threads": self.threads}
+        entry |= {"latency_ms": latency, "throughput_per_s": throughput}
+        return entry | ({"reasons": reasons} if reasons else {})
 
 
 def _time(
-    ready: Mapping[str, Sequence[Engine]],
-    inputs: Inputs,
-    *,
-    rounds: int,
-    max_seconds: float,
-    device: torch.device | str,
+    bench: Iterable[_Bench], inputs: Inputs, *, rounds: int, max_seconds: float, device: torch.device | str
 ) -> Timings:
     """Time every engine of every model at one batch size, in rotating order."""
-    calls = {}
-    for name, engines in ready.items():
-        for engine in engines:
-            prepared = engine.prepare(inputs)
-            calls[_key(name, engine)] = lambda engine=engine, prepared=prepared: engine.run_prepared(prepared)
+    calls = {key: runner.bind(inputs) for one in bench for key, runner in one.runners()}
     on_cpu = torch.device(device).type == "cpu"
     return time_interleaved(
         calls, rounds=rounds, max_seconds=max_seconds, synchronize=None if on_cpu else synchronizer(device)
     )
-
-
-def _key(name: str, engine: Engine) -> str:
-    return f"{name}\n{engine.name}\n{engine.dtype}"
-
-
-def _measures(
-    model: nn.Module,
-    inputs: Inputs,
-    engines: Sequence[Engine],
-    timings: Mapping[int, Timings],
-    *,
-    threads: int,
-    price: Price | None,
-    device: torch.device | str,
-    name: str,
-) -> Measures:
-    """Put one model's measures together."""
-    eager = next((engine for engine in engines if engine.name == _EAGER), engines[0])
-    latency, throughput, reasons = _latency(timings, _key(name, eager))
-    result: Measures = {
-        "params": count_parameters(model),
-        "params_nonzero": count_nonzero(model),
-        "flops": None,
-        "size_bytes": safetensors_bytes(model),
-        "latency_ms": latency,
-        "throughput_per_s": throughput,
-        "peak_memory_bytes": peak_memory(model, at_batch(inputs, 1)).bytes,
-        "energy_j_per_1k": None,
-        "cost_per_1m": None,
-        "runtime": {"engine": eager.name, "threads": threads, "dtype": model_dtype(model)},
-        "reasons": reasons,
-    }
-    flops = count_flops(model, inputs)
-    result["flops"] = flops.total
-    if flops.not_counted:
-        reasons["flops_not_counted"] = ", ".join(sorted(flops.not_counted))
-    _add_energy(result, eager, at_batch(inputs, 1), device)
-    _add_cost(result, price)
-    if any(timing.noisy(_key(name, eager)) for timing in timings.values()):
-        reasons["latency_quality"] = "noisy: the machine was busy while this was timed; repeat it on a quiet one"
-    others = [engine for engine in engines if engine is not eager]
-    if others:
-        result["engines"] = [_engine_entry(engine, timings, name, threads) for engine in others]
-    return result
 
 
 def _latency(timings: Mapping[int, Timings], key: str) -> tuple[list[Measures], list[Measures], dict[str, str]]:
@@ -160,27 +168,13 @@ def _latency(timings: Mapping[int, Timings], key: str) -> tuple[list[Measures], 
     return latency, throughput, reasons
 
 
-def _engine_entry(engine: Engine, timings: Mapping[int, Timings], name: str, threads: int) -> Measures:
-    latency, throughput, reasons = _latency(timings, _key(name, engine))
-    entry: Measures = {
-        "engine": engine.name,
-        "dtype": engine.dtype,
-        "dense": True,
-        "threads": threads,
-        "latency_ms": latency,
-        "throughput_per_s": throughput,
-    }
-    return entry | ({"reasons": reasons} if reasons else {})
-
-
-def _add_energy(result: Measures, eager: Engine, inputs: Inputs, device: torch.device | str) -> None:
+def _add_energy(result: Measures, call: Callable[[], Any], device: torch.device | str) -> None:
     try:
         meter: EnergyMeter = energy_meter(device)
     except EnergyUnavailableError as error:
         result["reasons"]["energy_j_per_1k"] = str(error)
         return
-    prepared = eager.prepare(inputs)
-    energy = measure_energy(lambda: eager.run_prepared(prepared), meter=meter, synchronize=synchronizer(device))
+    energy = measure_energy(call, meter=meter, synchronize=synchronizer(device))
     result["energy_j_per_1k"] = {"value": 1e3 * energy.joules / energy.calls, "source": energy.source}
 
 

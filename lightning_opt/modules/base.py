@@ -100,7 +100,8 @@ class TaskModule(pl.LightningModule):
         every = max(int(getattr(self.trainer, "log_every_n_steps", 1)), 1)
         if (self.global_step + 1) % every == 0:
             logged = {f"train/{name}": value.detach() for name, value in terms.items()}
-            self.log_dict(logged, on_step=True, on_epoch=False)
+            # Of the whole batch, not of this rank's share: the curve is the same on any number of devices.
+            self.log_dict(logged, on_step=True, on_epoch=False, sync_dist=self.trainer.world_size > 1)
 
     def _judge(self, batch: Any, metrics: MetricCollection, mean_loss: MeanMetric) -> None:
         example = self.task.read(batch)

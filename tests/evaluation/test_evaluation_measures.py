@@ -22,8 +22,9 @@ from lightning_opt.evaluation import (
     time_interleaved,
     value_fidelity,
 )
-from lightning_opt.evaluation.engines import installed, onnxruntime_engine, openvino_engine, torch_engine
+from lightning_opt.evaluation.engines import HalfRunner, build_runners, chosen_engines
 from lightning_opt.evaluation.latency import fixed_threads, percentile_ms
+from lightning_opt.export.runner import EagerRunner
 
 
 class Attention(nn.Module):
@@ -190,7 +191,7 @@ class TwoInputs(nn.Module):
 
 @pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("kind", ["tensor", "dict"])
-def test_engines_answer_as_pytorch_does_at_any_batch(package, kind):
+def test_engines_answer_as_pytorch_does_at_any_batch(package, kind, tmp_path):
     pytest.importorskip(package)
     if package == "onnxruntime":
         pytest.importorskip("onnxscript")
@@ -203,9 +204,30 @@ def test_engines_answer_as_pytorch_does_at_any_batch(package, kind):
         mask[0, 3:] = 0
         other = {"input_ids": ids, "attention_mask": mask}
         example = {name: value[:1] for name, value in other.items()}
-    make = onnxruntime_engine if package == "onnxruntime" else openvino_engine
-    engine = make(model, example, threads=1)
-    torch.testing.assert_close(engine.run(other), torch_engine(model).run(other), atol=1e-5, rtol=1e-4)
+    (runner,), failures = build_runners(model, example, [package], threads=1, folder=tmp_path)
+    assert not failures
+    torch.testing.assert_close(runner.predict(other), EagerRunner(model).predict(other), atol=1e-5, rtol=1e-4)
+
+
+def test_half_precision_runs_on_a_copy():
+    x = torch.randn(5, 1, 8, 8)
+    half = HalfRunner(NET).predict(x)
+    assert half.dtype == torch.float32
+    assert NET[0].weight.dtype == torch.float32
+    torch.testing.assert_close(half, NET(x).detach(), atol=0.05, rtol=0.05)
+    assert not torch.equal(half, NET(x))
+
+
+def test_an_engine_that_cannot_run_a_model_says_why(tmp_path):
+    pytest.importorskip("onnxruntime")
+
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    runners, failures = build_runners(Branching(), torch.ones(1, 3), ["onnxruntime"], threads=1, folder=tmp_path)
+    assert runners == []
+    assert "exported" in failures["onnxruntime"]
 
 
 def test_measure_gives_every_measure_or_a_reason_and_restores_modes():
@@ -226,4 +248,6 @@ def test_measure_gives_every_measure_or_a_reason_and_restores_modes():
 
 def test_unknown_engine_is_named():
     with pytest.raises(ConfigError, match="tensorrt"):
-        installed(["tensorrt"])
+        chosen_engines(["tensorrt"])
+    with pytest.raises(ConfigError, match="bfloat16"):
+        chosen_engines(["onnxruntime:bfloat16"])
