@@ -158,7 +158,8 @@ def _explain(error: Exception, line: CommandLine) -> str:
     cause = cause or error
     key = re.search(r"Could not override '([^']+)'", str(cause))
     if key:
-        return unknown_key(key.group(1), ["experiment", *known_keys(line)])
+        inner = getattr(cause.__cause__, "full_key", None)  # a value that is a dict may hold the unknown key
+        return unknown_key(inner or key.group(1), ["experiment", *known_keys(line)])
     return _first_line(cause)
 
 
