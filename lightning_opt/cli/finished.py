@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_opt.config.compose import compose_config, plain, read_command_line
 from lightning_opt.config.hydra_entry import through_hydra
+from lightning_opt.config.paths import import_from_here
 from lightning_opt.config.trust import allowed_targets
 from lightning_opt.errors import ConfigError, StorageError
 from lightning_opt.export import build_trusted, load
@@ -67,6 +68,7 @@ def take_up(run_dir: str, *, trusted: Sequence[str], data_values: dict[str, Any]
 
 def command(name: str, words: Sequence[str], run: Callable[[dict[str, Any]], int]) -> int:
     """Compose a command's config from its words and run it; `--cfg job` prints it."""
+    import_from_here()
     line = read_command_line(words, config_name=name)
     if line.flags:
         return through_hydra(line)

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from lightning_opt.errors import (
+    ConfigError,
     LightningOptError,
     NonFiniteError,
     OutOfMemoryError,
@@ -55,6 +56,10 @@ def as_known(error: BaseException) -> LightningOptError | None:
     if isinstance(error, RuntimeError) and any(word in text.lower() for word in _PEER_WORDS):
         rank = os.environ.get("LOCAL_RANK", "0")
         return PeerLostError(f"rank {rank} lost another rank of this job ({_line(text)}); the same command resumes")
+    if type(error).__name__ == "MisconfigurationException" or (
+        isinstance(error, ValueError) and "`val_check_interval`" in text  # known only when the batches are counted
+    ):
+        return ConfigError(f"trainer: {_line(text)}")
     if type(error).__name__ == "DetectAnomalyError":
         return NonFiniteError(text)
     return None

@@ -14,7 +14,7 @@ from lightning_opt.cli.fitting import Fitted, Interrupted, fit
 from lightning_opt.cli.log import log, log_to_file, start_logging
 from lightning_opt.cli.rehearsal import rehearse
 from lightning_opt.cli.run_folder import claim, is_finished, save_config
-from lightning_opt.cli.teachers import Found, find_cache, find_teachers, initialiser
+from lightning_opt.cli.teachers import Found, check_match, find_cache, find_teachers, initialiser
 from lightning_opt.config import launch
 from lightning_opt.config.build import Config, build_data, build_task
 from lightning_opt.config.paths import make_run_dir, open_run_dir
@@ -116,6 +116,7 @@ def _fits(config: Config, folder: Path) -> tuple[dict[str, Fitted], Found]:
     """Train the teacher where needed, the student alone where asked, and the student; every rank comes through here."""
     found = find_teachers(config)
     task, data = build_task(config), build_data(config)
+    check_match(config, found.teachers, data, task)
     cache = find_cache(config, found.teachers, data, task)
     fitted = {}
     if config.get("baseline") and found.teachers:

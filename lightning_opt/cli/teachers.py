@@ -16,15 +16,22 @@ from torch import nn
 import lightning_opt
 from lightning_opt.cli.fitting import fit
 from lightning_opt.cli.log import log
-from lightning_opt.config.build import Config, build_data, build_model, build_task, build_teacher, build_weighting
-from lightning_opt.errors import ConfigError
+from lightning_opt.config.build import (
+    Config,
+    build_data,
+    build_model,
+    build_module,
+    build_task,
+    build_teacher,
+    build_weighting,
+)
 from lightning_opt.export import load
 from lightning_opt.losses.teachers import FixedWeights
 from lightning_opt.models import load_weights
-from lightning_opt.modules import Teacher, TeacherCache, initialise_from_teacher
+from lightning_opt.modules import Distillation, Teacher, TeacherCache, initialise_from_teacher
 from lightning_opt.modules.distillation import mix_of
 from lightning_opt.modules.teacher_cache import cache_key, store
-from lightning_opt.tasks import Task
+from lightning_opt.tasks import Example, Task
 
 # What changes how fast a teacher is trained, not what it becomes.
 _NOT_IN_KEY = {"num_workers", "cache_dir", "eval_batch_size"}
@@ -143,20 +150,38 @@ def teacher_key(recipe: Config) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def find_cache(config: Config, teachers: Sequence[Teacher], datamodule: pl.LightningDataModule, task: Task) -> Any:
-    """Return the teachers' stored answers, computing them first where needed; None when the config wants none.
+def check_match(config: Config, teachers: Sequence[Teacher], datamodule: pl.LightningDataModule, task: Task) -> None:
+    """Show a few samples to student, teachers and losses, before time is spent on stored answers and the control.
 
     Raises:
-        ConfigError: The data gives no fingerprint, or its samples are not replayable.
+        ConfigError: They do not fit together: other classes, other tokens, a tap that matches no module.
+    """
+    if not teachers or not hasattr(datamodule, "example_inputs"):
+        return  # a stranger's data is first seen when the student's own training begins
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    module = build_module(config, task, teachers, None)
+    assert isinstance(module, Distillation)
+    module.build(Example(inputs=datamodule.example_inputs(2)), vocab_size=getattr(datamodule, "vocab_size", None))
+
+
+def find_cache(config: Config, teachers: Sequence[Teacher], datamodule: pl.LightningDataModule, task: Task) -> Any:
+    """Return the teachers' stored answers, computing them first where needed; None when the
+    config wants none or the data cannot be told apart.
+
+    Raises:
+        ConfigError: The data's samples are not replayable.
     """
     spec = (config.get("teacher") or {}).get("cache")
     if not spec or not teachers:
         return None
     if not hasattr(datamodule, "fingerprint"):
-        raise ConfigError(
-            f"teacher.cache needs data with a fingerprint() and {type(datamodule).__name__} has none; "
-            "set teacher.cache=null or derive from lightning_opt.data.DataModule"
+        log.warning(
+            "warning: teacher.cache is not used: %s has no fingerprint(), so stored answers could not be told from "
+            "those on other data; the teacher answers each batch (derive from lightning_opt.data.DataModule to store)",
+            type(datamodule).__name__,
         )
+        return None
     datamodule.prepare_data()
     datamodule.setup("fit")
     loader = datamodule.train_dataloader()

@@ -7,14 +7,13 @@ from typing import Any
 
 from lightning_opt.cli import help as help_text
 from lightning_opt.cli.guard import guarded
+from lightning_opt.config.paths import import_from_here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # A user's own model lives where the command is given; a console script does not look there by itself.
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    import_from_here()
     if help_text.wanted(words):
         print(help_text.train())
         return 0

@@ -40,6 +40,25 @@ def arguments_of_own_classes(overrides: Sequence[str]) -> list[str]:
     return [f"++{word}" if any(word.startswith(f"{path}.") for path in named) else word for word in overrides]
 
 
+def is_argument(config: DictConfig, override: str) -> bool:
+    """Tell whether an override without a plus gives a class an argument that the class names and the config lacks."""
+    key, equals, _ = override.partition("=")
+    return bool(equals) and OmegaConf.select(config, key) is None and key in arguments_beside(config, key)
+
+
+def arguments_beside(config: DictConfig, key: str) -> list[str]:
+    """Return the dotted names of all arguments that the class above `key` takes; none where it names no class."""
+    path = key.rpartition(".")[0]
+    node = OmegaConf.select(config, path) if path and path[0].isalpha() else None
+    if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
+        return []
+    try:
+        signature = signature_of(node["_target_"])
+    except LookupError:
+        return []
+    return [f"{path}.{name}" for name in signature.annotations] if signature is not None else []
+
+
 def _accepted(target: str) -> set[str] | None:
     """Return the arguments that a class takes; None where nothing is to be dropped."""
     try:

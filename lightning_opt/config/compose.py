@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_opt.config.adopt import adopt_targets, arguments_of_own_classes
+from lightning_opt.config.adopt import adopt_targets, arguments_beside, arguments_of_own_classes, is_argument
 from lightning_opt.config.paths import conf_dir
 from lightning_opt.errors import ConfigError
 
@@ -69,14 +69,16 @@ def read_command_line(argv: Sequence[str], *, config_name: str) -> CommandLine:
                 values["flags"].append(rest.pop(0))
         else:
             values["overrides"].append(normalise(word))
-    values["overrides"] = arguments_of_own_classes(values["overrides"])
+    # A debug option has the last word: also where the experiment says otherwise.
+    ordered = sorted(values["overrides"], key=lambda word: word.startswith("+debug="))
+    values["overrides"] = arguments_of_own_classes(ordered)
     return CommandLine(**values)
 
 
 def normalise(override: str) -> str:
-    """Rewrite the two spellings that users expect and Hydra refuses."""
+    """Rewrite the spellings that users expect and Hydra refuses."""
     key, equals, value = override.partition("=")
-    if key == "experiment" and equals:
+    if key in ("experiment", "debug") and equals:
         return f"+{override}"
     if key in _STAGES and value.lower() in ("false", "true"):
         return f"{key}={'none' if value.lower() == 'false' else 'default'}"
@@ -106,7 +108,18 @@ def compose_config(line: CommandLine) -> DictConfig:
     except MissingConfigException as error:
         raise ConfigError(_missing_option(error)) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
+        fuller = with_arguments_of_classes(line)
+        if fuller != line:
+            return compose_config(fuller)
         raise ConfigError(_explain(error, line)) from error
+
+
+def with_arguments_of_classes(line: CommandLine) -> CommandLine:
+    """Let `trainer.limit_val_batches=5` stand without a plus: its class takes it, though no option of ours lists it."""
+    config = _groups_alone(line)
+    if config is None:
+        return line
+    return replace(line, overrides=[f"++{word}" if is_argument(config, word) else word for word in line.overrides])
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -159,7 +172,10 @@ def _explain(error: Exception, line: CommandLine) -> str:
     key = re.search(r"Could not override '([^']+)'", str(cause))
     if key:
         inner = getattr(cause.__cause__, "full_key", None)  # a value that is a dict may hold the unknown key
-        return unknown_key(inner or key.group(1), ["experiment", *known_keys(line)])
+        name = inner or key.group(1)
+        config = _groups_alone(line)
+        known = [] if config is None else [*dotted(OmegaConf.to_container(config)), *arguments_beside(config, name)]
+        return unknown_key(name, ["experiment", *dict.fromkeys(known)])
     return _first_line(cause)
 
 
@@ -172,14 +188,15 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     return f"{key}: there is no such key; {suggest(near)}"
 
 
-def known_keys(line: CommandLine) -> list[str]:
-    """Return the dotted keys of the config without the user's own values."""
+def _groups_alone(line: CommandLine) -> DictConfig | None:
+    """Compose the chosen options without any value; None where even that fails."""
     groups = [word for word in line.overrides if "/" not in word and _is_group(word)]
+    if groups == line.overrides:
+        return None
     try:
-        config = compose_config(CommandLine(overrides=groups, config_dir=line.config_dir, config_name=line.config_name))
+        return compose_config(replace(line, overrides=groups))
     except ConfigError:
-        return []
-    return dotted(OmegaConf.to_container(config, resolve=False))
+        return None
 
 
 def _is_group(override: str) -> bool:

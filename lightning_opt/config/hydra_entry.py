@@ -1,7 +1,9 @@
 """What is left to Hydra's own entry point: sweeps, `--cfg job`, `--info`, shell completion."""
 
 import os
+import secrets
 import sys
+import time
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -14,7 +16,14 @@ from omegaconf import DictConfig
 
 from lightning_opt.config.adopt import adopt_targets
 from lightning_opt.config.checks import check
-from lightning_opt.config.compose import CommandLine, compose_config, normalise, plain, unresolved_yaml
+from lightning_opt.config.compose import (
+    CommandLine,
+    compose_config,
+    normalise,
+    plain,
+    unresolved_yaml,
+    with_arguments_of_classes,
+)
 from lightning_opt.config.paths import conf_dir
 
 _MOST_CHECKED = 64
@@ -33,6 +42,7 @@ def sweep(line: CommandLine, *, run_one: RunOne) -> int:
     Raises:
         ConfigError: A combination of the grid cannot work.
     """
+    line = with_arguments_of_classes(line)
     for overrides in _grid(line.overrides):
         check(plain(compose_config(CommandLine(**{**vars(line), "overrides": overrides, "multirun": False}))))
 
@@ -42,8 +52,16 @@ def sweep(line: CommandLine, *, run_one: RunOne) -> int:
         values["run_dir"] = str(Path(HydraConfig.get().runtime.output_dir).resolve())
         return run_one(values, unresolved_yaml(config))
 
-    _hydra_main(line, ["--multirun", *line.overrides], job)
+    _hydra_main(line, ["--multirun", *_sweep_dir(line.overrides), *line.overrides], job)
     return 0
+
+
+def _sweep_dir(overrides: Sequence[str]) -> list[str]:
+    """Put a sweep's jobs where other runs are, in a folder that no other sweep of the same second can have."""
+    if any(word.lstrip("+").startswith("hydra.sweep.dir=") for word in overrides):
+        return []
+    stamp = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{secrets.token_hex(3)}"
+    return [f"hydra.sweep.dir=${{run_root}}/${{task_name}}/{stamp}"]
 
 
 def _grid(overrides: Sequence[str]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,15 @@ def conf_dir() -> Path:
 def cache_dir() -> Path:
     """Return the folder for data, teachers and teacher outputs: `LIGHTNING_OPT_CACHE` or `~/.cache/lightning_opt`."""
     return Path(os.environ.get("LIGHTNING_OPT_CACHE") or Path.home() / ".cache" / "lightning_opt")
+
+
+def import_from_here() -> None:
+    """Let `model._target_=my_pkg.Net` name a module of the folder where the command is given.
+
+    `python train.py` looks in the folder of the script, a console script in that of its own.
+    """
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
 
 
 def make_run_dir(run_root: str | Path, task_name: str) -> Path:

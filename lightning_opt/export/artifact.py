@@ -62,8 +62,9 @@ def save_artifact(
     """
     folder, recipe = Path(folder), recipe or Recipe()
     model = getattr(model, "_orig_mod", model)  # the module inside a torch.compile wrapper
-    described = _self_contained(plain_json(architecture, "architecture"), model, recipe)
+    described = plain_json(architecture, "architecture")
     _check_architecture(described)
+    described = _self_contained(described, model, recipe)
     meta = plain_json(dict(meta or {}), "meta")
     make_folder(folder)
     with storing(folder / MANIFEST):

@@ -82,7 +82,8 @@ class TaskModule(pl.LightningModule):
     def progress(self) -> float:
         """Fraction of the optimizer steps that are done, in [0, 1]; 0 where the end is not known."""
         total = self.trainer.estimated_stepping_batches
-        return 0.0 if total in (0, float("inf")) else min(self.global_step / float(total), 1.0)
+        # A loader without a length and no max_steps gives -1.
+        return min(self.global_step / total, 1.0) if 0 < total < float("inf") else 0.0
 
     def labels_of(self, example: Example) -> Tensor:
         """Return the labels of a batch that must have some.

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -101,15 +102,22 @@ class Distillation(TaskModule):
     def setup(self, stage: str) -> None:
         """Give losses the shapes they need, before weights are restored; refuse teachers that do not match."""
         if stage == "fit" and not self._is_built:
-            self.build(self._example())
+            datamodule = getattr(self.trainer, "datamodule", None)
+            self.build(self._example(), vocab_size=getattr(datamodule, "vocab_size", None))
             self._is_built = True
 
-    def build(self, example: Example) -> None:
+    def build(self, example: Example, *, vocab_size: int | None = None) -> None:
         """Run one batch through all networks, check that they match, and let the losses make their parts.
+
+        Args:
+            example: A small batch.
+            vocab_size: How many tokens the data may hold; None where it has none.
 
         Raises:
             ConfigError: The teacher's answer has another shape, or it does not know the student's tokens.
         """
+        for teacher in self.teachers:
+            teacher.check_vocabulary(vocab_size)
         # Neither random state nor batch statistics may move: a resumed run comes through here too.
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(_BUILD_SEED)
@@ -161,7 +169,7 @@ class Distillation(TaskModule):
         # What a student wrote itself must not be taught to it as if it were right.
         labels_are_true = example is read or self.sampling is None or self.sampling.labels_are_true
         parts = self._terms(student, teacher, supervision, with_labels=labels_are_true)
-        total = torch.stack(list(parts.values())).sum()
+        total = reduce(torch.add, parts.values())  # cheaper than to stack them: no node more than needed
         self.log_terms({"loss": total, **{f"loss_{name}": value for name, value in parts.items()}})
         return total
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_opt.errors import ConfigError
 from lightning_opt.forward import Inputs, forward, logits_of, map_inputs
 from lightning_opt.losses.base import Signals
 from lightning_opt.losses.teachers import Mix, mix_probabilities
@@ -88,11 +89,24 @@ class Teacher:
         return value.to(self.dtype) if self.dtype is not None and torch.is_floating_point(value) else value
 
     def vocabulary(self) -> int | None:
-        """Return how many tokens the network knows: rows of its first embedding; None without one."""
-        for module in self.model.modules():
-            if isinstance(module, nn.Embedding):
-                return module.num_embeddings
-        return None
+        """Return how many tokens the network knows: rows of its largest embedding; None without one."""
+        rows = [module.num_embeddings for module in self.model.modules() if isinstance(module, nn.Embedding)]
+        return max(rows, default=None)
+
+    def check_vocabulary(self, vocab_size: int | None) -> None:
+        """Refuse data with tokens that the network does not know.
+
+        Args:
+            vocab_size: How many tokens the data may hold; None where it has none.
+
+        Raises:
+            ConfigError: It has more than the network knows.
+        """
+        known = self.vocabulary()
+        if vocab_size is not None and known is not None and known < vocab_size and self.preprocess is None:
+            raise ConfigError(
+                f"teacher: {self.name} knows {known} tokens and the data has {vocab_size}; both need the same tokenizer"
+            )
 
 
 class Ensemble(nn.Module):

@@ -200,7 +200,10 @@ def targets(node):
     return [target for value in node for target in targets(value)] if isinstance(node, list) else []
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+# What only changes the batches (`sampling`) compares nothing.
+@pytest.mark.parametrize(
+    "path", sorted(p for p in CONF.glob("*.yaml") if "terms:" in p.read_text()), ids=lambda p: p.stem
+)
 class TestConfigurations:
     def test_builds_terms(self, path):
         from hydra.utils import instantiate
