@@ -53,7 +53,9 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run_with_kills(run_dir: Path, cache: Path, *, kills: int, longest_s: float, overrides: list[str], seed: int) -> dict:
+def run_with_kills(
+    run_dir: Path, cache: Path, *, kills: int, longest_s: float, overrides: list[str], seed: int
+) -> dict:
     """Start, kill at a random time, start again; after the last kill let it end."""
     draw, done, times = random.Random(seed), 0, []
     while True:
@@ -104,7 +106,9 @@ def study(folder: Path, *, kills: int, seed: int, overrides: list[str] = JOB) ->
     seconds = time.monotonic() - began
     killed = folder / "killed"
     # Its own cache: the teacher is killed and resumed like everything else.
-    facts = run_with_kills(killed, folder / "cache_killed", kills=kills, longest_s=seconds, overrides=overrides, seed=seed)
+    facts = run_with_kills(
+        killed, folder / "cache_killed", kills=kills, longest_s=seconds, overrides=overrides, seed=seed
+    )
     control = folder / "control"
     process = start(control, folder / "cache_whole", [*overrides, "seed=2"])
     assert process.wait(timeout=600) == 0

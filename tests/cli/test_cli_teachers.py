@@ -29,7 +29,9 @@ BASE = (
 @pytest.fixture
 def config(tmp_path):
     def composed(*words):
-        values = plain(compose_config(read_command_line([*BASE, *words, f"paths.cache_dir={tmp_path}"], config_name="train")))
+        values = plain(
+            compose_config(read_command_line([*BASE, *words, f"paths.cache_dir={tmp_path}"], config_name="train"))
+        )
         check(values)
         return values
 

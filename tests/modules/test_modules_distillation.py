@@ -20,7 +20,9 @@ TASK = Classification(num_outputs=3)
 
 def net(width, seed=0, outputs=3):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, outputs))
+    return nn.Sequential(
+        nn.Linear(4, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, outputs)
+    )
 
 
 def loader(n=32, batch=8):
