@@ -1,4 +1,4 @@
-"""Where a teacher can come from: trained once and kept, several, a chain, a file, a run folder; its layers in the student."""
+"""Where a teacher can come from: trained once and kept, several, a chain, a file; its layers in the student."""
 
 import pytest
 import torch

@@ -65,7 +65,8 @@ def test_two_processes_cannot_own_one_folder(tmp_path):
     import subprocess
     import sys
 
-    code = f"from pathlib import Path\nfrom lightning_opt.cli.run_folder import claim\nwith claim(Path({str(tmp_path)!r})): pass"
+    lines = ["from pathlib import Path", "from lightning_opt.cli.run_folder import claim"]
+    code = "\n".join([*lines, f"with claim(Path({str(tmp_path)!r})): pass"])
     with claim(tmp_path):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "in use by process" in out.stderr
