@@ -166,8 +166,7 @@ def check_match(config: Config, teachers: Sequence[Teacher], datamodule: pl.Ligh
 
 
 def find_cache(config: Config, teachers: Sequence[Teacher], datamodule: pl.LightningDataModule, task: Task) -> Any:
-    """Return the teachers' stored answers, computing them first where needed; None when the
-    config wants none or the data cannot be told apart.
+    """Return the teachers' stored answers, computed first where needed; None where none are wanted or can be kept.
 
     Raises:
         ConfigError: The data's samples are not replayable.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lightning_opt.config.schema import PLAIN
 from lightning_opt.config.signatures import signature_of
 
 _WORDS = ("_target_", "_partial_", "_convert_", "_recursive_")
@@ -41,17 +42,19 @@ def arguments_of_own_classes(overrides: Sequence[str]) -> list[str]:
 
 
 def is_argument(config: DictConfig, override: str) -> bool:
-    """Tell whether an override without a plus gives a class an argument that the class names and the config lacks."""
+    """Tell whether an override without a plus gives a class or a stage what it knows and the config does not list."""
     key, equals, _ = override.partition("=")
     return bool(equals) and OmegaConf.select(config, key) is None and key in arguments_beside(config, key)
 
 
 def arguments_beside(config: DictConfig, key: str) -> list[str]:
-    """Return the dotted names of all arguments that the class above `key` takes; none where it names no class."""
+    """Return the dotted names of all that may stand beside `key`: its class's arguments, or what our stages read."""
     path = key.rpartition(".")[0]
     node = OmegaConf.select(config, path) if path and path[0].isalpha() else None
-    if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
+    if not isinstance(node, DictConfig):
         return []
+    if not isinstance(node.get("_target_"), str):
+        return [f"{path}.{name}" for name in PLAIN.get(path, {}) if name != "*"]
     try:
         signature = signature_of(node["_target_"])
     except LookupError:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from warm import ROOT, warm
 
 from lightning_opt.config import compose
@@ -13,7 +14,7 @@ from lightning_opt.config.build import make
 from lightning_opt.config.checks import check
 from lightning_opt.data import fetch as fetching
 from lightning_opt.data.packages import SETS
-from lightning_opt.errors import StorageError
+from lightning_opt.errors import ConfigError, StorageError
 from lightning_opt.reporting import read_record
 
 CONF = ROOT / "conf"
@@ -202,3 +203,24 @@ def test_option_builds(path, monkeypatch, tmp_path):
         # Weights are not needed, and those of the large networks take seconds to draw.
         with torch.device("meta" if group in ("model", "teacher") else "cpu"):
             assert make(each, name, **given) is not None
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("trainer.limit_val_batches=0.5", None),  # an argument of the class that no option lists
+        ("teacher.train.max_steps=5", None),  # a key of ours that this option does not list
+        ("trainer.limit_val_batche=0.5", "trainer.limit_val_batches"),
+        ("teacher.train.max_step=5", "teacher.train.max_steps"),
+    ],
+)
+def test_what_is_known_needs_no_plus_and_what_is_near_is_named(word, says):
+    line = compose.read_command_line(["+experiment=distill", word], config_name="train")
+    if says is not None:
+        with pytest.raises(ConfigError, match=says):
+            compose.compose_config(line)
+        return
+    config = compose.compose_config(line)
+    check(compose.plain(config))
+    key, _, value = word.partition("=")
+    assert OmegaConf.select(config, key) == float(value)
