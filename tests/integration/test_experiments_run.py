@@ -86,6 +86,7 @@ def test_impossible_trainer_is_a_config_error(tmp_path):
 
 @pytest.mark.network
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "needs", "words"),
     [
