@@ -3,5 +3,6 @@
 from lightning_opt.callbacks.metrics_csv import LogPosition, MetricsCsv
 from lightning_opt.callbacks.non_finite import NonFiniteGuard
 from lightning_opt.callbacks.progress import PlainProgress, progress
+from lightning_opt.callbacks.prune import Prune
 
-__all__ = ["LogPosition", "MetricsCsv", "NonFiniteGuard", "PlainProgress", "progress"]
+__all__ = ["LogPosition", "MetricsCsv", "NonFiniteGuard", "PlainProgress", "Prune", "progress"]

@@ -17,6 +17,7 @@ from lightning_opt.checkpointing.loader import (
     train_loader,
 )
 from lightning_opt.checkpointing.metrics import MetricState
+from lightning_opt.checkpointing.recipe import restore_recipes, save_recipes
 from lightning_opt.checkpointing.resume import find_checkpoint
 from lightning_opt.checkpointing.rng import RngState
 
@@ -34,6 +35,8 @@ __all__ = [
     "load_primitives",
     "make_resumable",
     "require_free_space",
+    "restore_recipes",
+    "save_recipes",
     "sweep_stale_temps",
     "train_loader",
 ]

@@ -33,7 +33,8 @@ class SaveCheckpoints(Checkpoint):
     Acts: between two batches, when everything of the first is done (validation, schedulers, every hook) and nothing of
     the second has begun; at the end of the fit; and on SIGTERM, after which `stopped_by_signal` is set and the fit
     ends with a `SIGTERMException` (exit code 143; none if the signal came in its last step). Nothing is written once
-    a `NonFiniteGuard` has tripped or a parameter is not finite. Leaves in a checkpoint: the best value and step, and
+    a `NonFiniteGuard` has tripped or a parameter is not finite. Nothing counts as best while a callback with
+    `is_settled` says that it will still change the model. Leaves in a checkpoint: the best value and step, and
     why the fit was to stop. Strategies: all that write one file; every rank must have this callback.
 
     Args:
@@ -73,7 +74,7 @@ class SaveCheckpoints(Checkpoint):
         self.stopped_by_signal: int | None = None
         self._saved_step, self._seen_step = -1, 0
         self._due = self._validated = self._finished = self._last_is_whole = False
-        self._between_batches = self._loaded_between_batches = False
+        self._between_batches = self._loaded_between_batches = self._value_is_stale = False
         self._signal = SignalFlag(signals)
         self._end: Notify | None = None
 
@@ -213,7 +214,7 @@ class SaveCheckpoints(Checkpoint):
 
     def _save_if_best(self, trainer: "pl.Trainer") -> None:
         validated, self._validated = self._validated, False
-        if self.monitor is None:
+        if self.monitor is None or not self._judges_the_final_form(trainer, validated=validated):
             return
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
@@ -225,6 +226,18 @@ class SaveCheckpoints(Checkpoint):
         if trainer.strategy.broadcast(self.is_better(value)) and self._may_save(trainer):
             self.best_value, self.best_step = trainer.strategy.broadcast(value), trainer.global_step
             self._save(trainer, BEST)
+
+    def _judges_the_final_form(self, trainer: "pl.Trainer", *, validated: bool) -> bool:
+        """Whether the monitored value is of a model in its final form: no callback is still going to change it.
+
+        A model that is not pruned yet would win against the pruned one that the run is for.
+        """
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not all(getattr(callback, "is_settled", True) for callback in callbacks):
+            self._value_is_stale = True
+        elif validated or not trainer.enable_validation:
+            self._value_is_stale = False
+        return not self._value_is_stale
 
     def _save_last(self, trainer: "pl.Trainer") -> None:
         self._due = False

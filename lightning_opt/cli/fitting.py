@@ -3,8 +3,8 @@
 import json
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,18 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
-from lightning_opt.checkpointing import DurableCheckpointIO, find_checkpoint
+from lightning_opt.checkpointing import DurableCheckpointIO, find_checkpoint, restore_recipes
 from lightning_opt.cli.log import log
-from lightning_opt.config.build import Config, Run, build_model, build_run
+from lightning_opt.cli.stages import stages_of
+from lightning_opt.config.build import Config, build_model
+from lightning_opt.config.build_fit import Run, build_run
 from lightning_opt.errors import NoCheckpointError
 from lightning_opt.modules import TaskModule, Teacher, TeacherCache
 from lightning_opt.reporting.record import write_durably
 from lightning_opt.tasks import Task
 
 _DONE = "fit.json"
-_MODEL = "model."
+Prepare = Callable[[nn.Module], None]
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: the run was asked to stop and saved its state
@@ -38,6 +40,7 @@ class Fitted:
         best_value: The monitored validation value of the best checkpoint.
         steps: Optimizer steps in all.
         wall_seconds: Of training, over all starts of it that this process saw.
+        stages: What callbacks did to the model, as the record's `stages`.
     """
 
     model: nn.Module
@@ -45,6 +48,7 @@ class Fitted:
     best_value: float | None
     steps: int
     wall_seconds: float
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
 
 def fit(
@@ -56,7 +60,8 @@ def fit(
     teachers: Sequence[Teacher] = (),
     cache: TeacherCache | None = None,
     name: str = "model",
-    prepare: Any = None,
+    prepare: Prepare | None = None,
+    dense: bool = False,
 ) -> Fitted:
     """Train and judge one model in its own folder; a fit that is done is read back instead.
 
@@ -69,6 +74,7 @@ def fit(
         cache: The teachers' stored answers.
         name: How the log calls the model.
         prepare: Called with the fresh model before its first training, for instance to copy a teacher's layers.
+        dense: Leave out the callbacks that change the model: the control.
 
     Raises:
         Interrupted: A signal asked to stop.
@@ -77,7 +83,7 @@ def fit(
     done = folder / _DONE
     if done.is_file():
         return _read_back(config, folder, json.loads(done.read_text(encoding="utf-8")))
-    run = build_run(config, folder, task=task, datamodule=datamodule, teachers=teachers, cache=cache)
+    run = build_run(config, folder, task=task, datamodule=datamodule, teachers=teachers, cache=cache, dense=dense)
     resume = find_checkpoint(folder / "checkpoints")
     if prepare is not None and resume is None:
         prepare(run.module.model)
@@ -92,6 +98,7 @@ def fit(
         best_value=run.checkpoints.best_value,
         steps=run.trainer.global_step,
         wall_seconds=seconds,
+        stages=stages_of(run.trainer),
     )
     if run.trainer.is_global_zero:
         _write_done(done, fitted, best)
@@ -127,10 +134,17 @@ def show(quality: dict[str, float]) -> str:
     return f"test {name} {value:.4f}"
 
 
-def load_weights(module: nn.Module, checkpoint: Path, *, prefix: str = "") -> None:
-    """Load a checkpoint's weights, those under `prefix`, strictly; the file is verified first."""
-    state: dict[str, Any] = DurableCheckpointIO().load_checkpoint(checkpoint)["state_dict"]
-    module.load_state_dict({key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)})
+def load_weights(module: nn.Module, checkpoint: Path) -> None:
+    """Load a checkpoint's weights strictly, after the changes to the structure that it tells of; it is verified first.
+
+    Args:
+        module: The LightningModule, or a `ModuleDict` that holds the part of it which is wanted.
+        checkpoint: The file.
+    """
+    saved: dict[str, Any] = DurableCheckpointIO().load_checkpoint(checkpoint)
+    restore_recipes(module, saved)
+    wanted = tuple(f"{name}." for name in module) if isinstance(module, nn.ModuleDict) else ("",)
+    module.load_state_dict({name: value for name, value in saved["state_dict"].items() if name.startswith(wanted)})
 
 
 def _load_best(run: Run) -> Path:
@@ -147,6 +161,7 @@ def _write_done(done: Path, fitted: Fitted, best: Path) -> None:
         "best_value": fitted.best_value,
         "steps": fitted.steps,
         "wall_seconds": fitted.wall_seconds,
+        "stages": fitted.stages,
         "weights": best.name,
     }
     write_durably(done, json.dumps(facts, indent=2))
@@ -154,11 +169,12 @@ def _write_done(done: Path, fitted: Fitted, best: Path) -> None:
 
 def _read_back(config: Config, folder: Path, facts: dict[str, Any]) -> Fitted:
     model = build_model(config["model"])
-    load_weights(model, folder / "checkpoints" / facts["weights"], prefix=_MODEL)
+    load_weights(nn.ModuleDict({"model": model}), folder / "checkpoints" / facts["weights"])
     return Fitted(
         model=model.eval(),
         quality=facts["quality"],
         best_value=facts["best_value"],
         steps=facts["steps"],
         wall_seconds=facts["wall_seconds"],
+        stages=facts.get("stages", []),
     )

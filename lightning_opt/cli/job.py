@@ -11,14 +11,16 @@ from typing import Any
 
 from lightning_opt.cli import measuring
 from lightning_opt.cli.fitting import Fitted, Interrupted, fit
-from lightning_opt.cli.log import log, log_to_file, start_logging
-from lightning_opt.cli.rehearsal import rehearse
+from lightning_opt.cli.log import heard, log, log_to_file, start_logging
+from lightning_opt.cli.precheck import check_before_fits
 from lightning_opt.cli.run_folder import claim, is_finished, save_config
-from lightning_opt.cli.teachers import Found, check_match, find_cache, find_teachers, initialiser
+from lightning_opt.cli.start import starter
+from lightning_opt.cli.teachers import Found, check_match, find_cache, find_teachers
 from lightning_opt.config import launch
-from lightning_opt.config.build import Config, build_data, build_task
+from lightning_opt.config.build import Config, build_task
+from lightning_opt.config.build_fit import build_data
 from lightning_opt.config.paths import make_run_dir, open_run_dir
-from lightning_opt.errors import ConfigError, LightningOptError
+from lightning_opt.errors import ConfigError
 from lightning_opt.reporting import finish, new_record, read_record, write_record
 from lightning_opt.reporting.report import render
 from lightning_opt.reporting.terminal import summary
@@ -27,18 +29,16 @@ Record = dict[str, Any]
 
 
 def run(config: Config, *, yaml: str, command: Sequence[str], warnings: Sequence[str] = ()) -> Any:
-    """Run one job in its folder and return its objective(s).
+    """Run one job, checked and rehearsed, in its folder and return its objective(s).
 
     Raises:
-        ConfigError: The config cannot be built, or `run_dir` holds a run of another config.
+        ConfigError: `run_dir` holds a run of another config.
     """
     start_logging()
-    if launch.launched_from_outside() and not config.get("run_dir"):
-        raise ConfigError("run_dir has no value; several processes were started from outside and must share one folder")
-    rehearse(config)
-    folder = open_run_dir(config["run_dir"]) if config.get("run_dir") else make_run_dir(**_place(config))
+    folder = _folder(config)
     with claim(folder):
         save_config(folder, config, yaml, command)
+        launch.announce(folder)
         if is_finished(folder):
             log.info("%s is finished; its report: %s", folder, folder / "report.html")
             return objective(config, read_record(folder))
@@ -51,6 +51,8 @@ def run(config: Config, *, yaml: str, command: Sequence[str], warnings: Sequence
 def run_as_rank(folder: Path) -> None:
     """Take part in a job as one of its other ranks."""
     start_logging()
+    if is_finished(folder):
+        return  # rank 0 says so
     config = json.loads((folder / ".hydra" / "resolved.json").read_text(encoding="utf-8"))
     # Rank 0 says how the run ended; a launcher would take another code of this rank for a crash.
     with suppress(Interrupted):
@@ -58,15 +60,20 @@ def run_as_rank(folder: Path) -> None:
         launch.leave_process_group()
 
 
-def _place(config: Config) -> dict[str, str]:
-    return {"run_root": config["run_root"], "task_name": config["task_name"]}
+def _folder(config: Config) -> Path:
+    """Return the folder that was named, or a new one."""
+    if config.get("run_dir"):
+        return open_run_dir(config["run_dir"])
+    launch.check_named(None)
+    return make_run_dir(config["run_root"], config["task_name"])
 
 
 def _recorded(config: Config, folder: Path, command: Sequence[str], warnings: Sequence[str]) -> Any:
     """Run the stages; whatever happens, the record says how it ended."""
     record = _open_record(config, folder, command, warnings)
     try:
-        record |= _stages(config, folder)
+        with heard(record["warnings"]):
+            record |= _stages(config, folder)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Interrupted | SystemExit)
         status = "interrupted" if stopped else "failed"
@@ -87,19 +94,21 @@ def _open_record(config: Config, folder: Path, command: Sequence[str], warnings:
     """Start the record, or take up the one of a run that was stopped: it began when it first began."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
     record = new_record(command, seed=config["seed"], config_sha256=digest, task_name=config["task_name"])
-    if (folder / "record.json").is_file():
-        record["started"] = read_record(folder)["started"]
-    record["warnings"] = list(warnings)
+    before: Record = read_record(folder) if (folder / "record.json").is_file() else {}
+    record["started"] = before.get("started", record["started"])
+    record["warnings"] = list(dict.fromkeys([*before.get("warnings", ()), *warnings]))
     write_record(folder, record)
     return record
 
 
 def _leave(folder: Path, record: Record) -> None:
-    """Write the last words of a run that did not end well; a full disk must not hide why."""
-    try:
-        write_record(folder, record)
-    except LightningOptError as error:
-        log.warning("the record could not be written: %s", error)
+    """Write the record and the report of a run that did not end well; nothing that fails here may hide why."""
+    for what, write in (("record", lambda: write_record(folder, record)), ("report", lambda: render(folder))):
+        try:
+            write()
+        except Exception as error:  # such as a full disk
+            log.warning("the %s could not be written: %s", what, error)
+            return
 
 
 def _stages(config: Config, folder: Path) -> Record:
@@ -114,15 +123,23 @@ def _stages(config: Config, folder: Path) -> Record:
 
 def _fits(config: Config, folder: Path) -> tuple[dict[str, Fitted], Found]:
     """Train the teacher where needed, the student alone where asked, and the student; every rank comes through here."""
-    found = find_teachers(config)
     task, data = build_task(config), build_data(config)
+    check_before_fits(config, task, data)
+    found = find_teachers(config)
     check_match(config, found.teachers, data, task)
     cache = find_cache(config, found.teachers, data, task)
+    pruned = bool(config.get("pruner"))
     fitted = {}
-    if config.get("baseline") and found.teachers:
-        alone = {**config, "teacher": None, "compile": config.get("compile", False)}
+    if config.get("baseline") and (found.teachers or pruned):
         fitted["baseline"] = fit(
-            alone, folder / "baseline", task=task, datamodule=build_data(config), name="student alone"
+            {**config, "teacher": None},
+            folder / "baseline",
+            task=task,
+            datamodule=build_data(config),
+            name="dense model alone" if pruned else "student alone",
+            # What pruning costs shows against the same start; what a teacher is worth, against one without its layers.
+            prepare=starter(config, found.teachers if pruned else []),
+            dense=True,
         )
     fitted["student"] = fit(
         config,
@@ -131,10 +148,15 @@ def _fits(config: Config, folder: Path) -> tuple[dict[str, Fitted], Found]:
         datamodule=data,
         teachers=found.teachers,
         cache=cache,
-        name="distilled student" if found.teachers else "model",
-        prepare=initialiser(config, found.teachers),
+        name=" ".join(_what_it_is(pruned, bool(found.teachers))),
+        prepare=starter(config, found.teachers),
     )
     return fitted, found
+
+
+def _what_it_is(pruned: bool, distilled: bool) -> list[str]:
+    """Return how the log calls the model that the run is for."""
+    return ["pruned"] * pruned + (["distilled", "student"] if distilled else ["model"])
 
 
 def objective(config: Config, record: Record) -> Any:

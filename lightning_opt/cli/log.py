@@ -3,10 +3,14 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger("lightning_opt")
 
+_PREFIX = "warning: "
+_MOST_CHARACTERS = 400
 _CHATTER = ("lightning.pytorch", "lightning.fabric", "torch.onnx", "onnxscript", "matplotlib")
 # True, and of no use to the reader of a run's log.
 _NOISE = (
@@ -45,6 +49,35 @@ def log_to_file(path: Path) -> logging.Handler:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     return handler
+
+
+@contextmanager
+def heard(into: list[str], *, most: int = 50) -> Iterator[None]:
+    """Collect what is warned of inside the block, Python's warnings and our own, each once and as one line.
+
+    Args:
+        into: Gets the lines as they come; those that it holds already are not repeated.
+        most: Lines that it holds at most.
+    """
+    handler = _Heard(into, most)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+class _Heard(logging.Handler):
+    """Append warnings and errors of the log to a list."""
+
+    def __init__(self, into: list[str], most: int) -> None:
+        super().__init__(level=logging.WARNING)
+        self._into, self._most = into, most
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = " ".join(record.getMessage().split()).removeprefix(_PREFIX)[:_MOST_CHARACTERS]
+        if line and line not in self._into and len(self._into) < self._most:
+            self._into.append(line)
 
 
 class _OneLine(logging.Handler):

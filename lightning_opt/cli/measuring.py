@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from lightning_opt.cli.fitting import Fitted, show
 from lightning_opt.cli.log import log
+from lightning_opt.cli.pruned import UNTRAINED, dense_of, pruning_of, was_pruned
 from lightning_opt.cli.teachers import Found
 from lightning_opt.config.build import Config, build_task
 from lightning_opt.evaluation import Price, count_nonzero, count_parameters, measure, safetensors_bytes
@@ -19,9 +20,10 @@ from lightning_opt.evaluation.quality import evaluate
 from lightning_opt.export import LatencyPlan, export, save_artifact
 from lightning_opt.forward import Inputs, predict
 from lightning_opt.modules import Teacher
-from lightning_opt.modules.distillation import mix_of
+from lightning_opt.modules.matching import mix_of
 from lightning_opt.modules.teacher import Ensemble
 from lightning_opt.reporting import comparison, deployed_entry, model_entry
+from lightning_opt.surgery import recipe_of
 from lightning_opt.tasks import Multilabel, Regression, Task
 
 Record = dict[str, Any]
@@ -41,26 +43,41 @@ def measure_all(
         models = {"teacher": answering, **models}
         quality["teacher"] = quality_of(lambda inputs: predict(answering, inputs), task, data)
         log.info("teacher: %s", show(quality["teacher"]))
-    measured = _measured(config, models, data)
-    entries = {
-        name: model_entry(_facts(model) | measured.get(name, {}) | {"quality": quality[name]}, reason="benchmark=false")
-        for name, model in models.items()
-    }
     artifact, student = folder / "artifact", fitted["student"]
+    reference, dense = dense_of(config, models) if was_pruned(config, student) else (None, None)
+    if reference is not None and dense is not None:
+        models = {reference: dense, **models}
+    entries = _entries(models, quality, _measured(config, models, data))
     meta = {"task_name": config["task_name"], "quality": student.quality}
     deployed = deploy(config, artifact, student.model, task, data, architecture=config["model"], meta=meta)
     compared = comparison(entries, higher_is_better=task.higher_is_better, deployed=deployed)
     if found.teachers:
         compared["fidelity"] = agreement(models["student"], models["teacher"], task, data)
     _copy_curves(folder, found)
-    return {
+    measured: Record = {
         "models": entries,
         "stages": _stages(config, fitted, found),
-        "recipe": [],
+        "recipe": recipe_of(student.model).to_list(),
         "deployed": deployed,
         "comparison": compared,
-        "best_value": fitted["student"].best_value,
+        "best_value": student.best_value,
     }
+    if reference is not None and dense is not None:
+        measured["pruning"] = pruning_of(models, entries, reference, dense, example_of(data))
+    return measured
+
+
+def _entries(
+    models: dict[str, nn.Module], quality: dict[str, dict[str, float]], measured: dict[str, Record]
+) -> dict[str, Record]:
+    """Complete each model's part of the record; a model that was only built has no quality."""
+    entries = {}
+    for name, model in models.items():
+        values = _facts(model) | measured.get(name, {}) | {"quality": quality.get(name)}
+        if name not in quality:
+            values["reasons"] = {**(values.get("reasons") or {}), "quality": UNTRAINED}
+        entries[name] = model_entry(values, reason="benchmark=false")
+    return entries
 
 
 def as_one(teachers: list[Teacher], task: Task) -> nn.Module:
@@ -172,7 +189,7 @@ def deploy(
         meta: Plain values for the artifact's manifest.
     """
     asked, timing = config.get("export") or {}, config.get("benchmark") or {}
-    save_artifact(place, model, architecture=architecture, meta=meta)
+    save_artifact(place, model, architecture=architecture, recipe=recipe_of(model), meta=meta)
     if not asked:
         return []
     log.info("exporting to %s", place)
@@ -205,13 +222,14 @@ def _stages(config: Config, fitted: dict[str, Fitted], found: Found) -> list[Rec
         stages.append(_stage("teacher", found.steps, f"trained on labels, {found.wall_seconds:.1f} s"))
     if "baseline" in fitted:
         alone = fitted["baseline"]
-        stages.append(_stage("supervised", alone.steps, f"the student alone, {alone.wall_seconds:.1f} s"))
+        who = "the dense model alone" if was_pruned(config, fitted["student"]) else "the student alone"
+        stages.append(_stage("supervised", alone.steps, f"{who}, {alone.wall_seconds:.1f} s"))
     student = fitted["student"]
     terms = (config.get("loss") or {}).get("terms") if found.teachers else None
     what = f"losses: labels, {', '.join(name for name in terms if terms[name])}" if terms else "loss on labels"
     method = "distillation" if terms else "supervised"
     stages.append(_stage(method, student.steps, f"{what}, {student.wall_seconds:.1f} s"))
-    return stages
+    return stages + student.stages
 
 
 def _stage(method: str, steps: int, what: str) -> Record:

@@ -11,25 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
 
 import lightning_opt
 from lightning_opt.cli.fitting import fit
 from lightning_opt.cli.log import log
-from lightning_opt.config.build import (
-    Config,
-    build_data,
-    build_model,
-    build_module,
-    build_task,
-    build_teacher,
-    build_weighting,
-)
+from lightning_opt.config import launch
+from lightning_opt.config.build import Config, build_model, build_task, build_teacher, build_weighting
+from lightning_opt.config.build_fit import build_data, build_module
 from lightning_opt.export import load
 from lightning_opt.losses.teachers import FixedWeights
 from lightning_opt.models import load_weights
-from lightning_opt.modules import Distillation, Teacher, TeacherCache, initialise_from_teacher
-from lightning_opt.modules.distillation import mix_of
+from lightning_opt.modules import Distillation, Teacher, TeacherCache
+from lightning_opt.modules.matching import mix_of
 from lightning_opt.modules.teacher_cache import cache_key, store
 from lightning_opt.tasks import Example, Task
 
@@ -83,7 +76,9 @@ def _trained(config: Config, node: Config) -> Found:
         recipe = teacher_config(config, member)
         folder = Path(config["paths"]["cache_dir"]).expanduser() / "teachers" / teacher_key(recipe)
         name = "teacher" if node.get("members", 1) == 1 else f"teacher {member + 1}"
-        with _alone(folder):
+        if launch.rank() > 0:
+            launch.wait_for_file(folder / "fit.json")  # rank 0 trains it
+        with _alone(folder), launch.as_one_process():
             inner = find_teachers(recipe)
             fitted = fit(
                 recipe,
@@ -117,6 +112,8 @@ def teacher_config(config: Config, member: int = 0) -> Config:
         "model": node["model"],
         "teacher": budget.get("teacher"),
         "loss": budget.get("loss") or {"task_weight": 1.0, "terms": None},
+        "pruner": None,
+        "start_from": None,
         "optimizer": budget.get("optimizer") or config["optimizer"],
         "scheduler": budget.get("scheduler") or config.get("scheduler"),
         "data": {**config["data"], **_whole_batch(config), "seed": seed, **(budget.get("data") or {})},
@@ -210,19 +207,6 @@ def find_cache(config: Config, teachers: Sequence[Teacher], datamodule: pl.Light
 
 def _collated(loader: Any, keys: list[tuple[int, int]]) -> Any:
     return loader.collate_fn(loader.dataset.__getitems__(keys))
-
-
-def initialiser(config: Config, teachers: Sequence[Teacher]) -> Any:
-    """Return what copies a teacher's layers into a fresh student, as the config's map says; None without a map."""
-    mapping = (config.get("teacher") or {}).get("init_student")
-    if not mapping:
-        return None
-
-    def copy_layers(student: nn.Module) -> None:
-        copied = initialise_from_teacher(student, teachers[0].model, mapping)
-        log.info("student: %d tensors start from the teacher's", len(copied))
-
-    return copy_layers
 
 
 @contextmanager

@@ -1,100 +1,61 @@
-"""From a checked config to live objects. The only caller of Hydra's instantiate."""
+"""From a checked config to the parts that need no Lightning: the only caller of Hydra's instantiate.
 
-from collections.abc import Sequence
+Importing Lightning takes longer than all else that a refusal needs. So what a model, a loss or an optimizer has to say
+about its arguments comes from here; what Lightning runs is made in `build_fit`.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from lightning_opt.callbacks import LogPosition, MetricsCsv, NonFiniteGuard
-from lightning_opt.checkpointing import DurableCheckpointIO, MetricState, RngState, SaveCheckpoints, make_resumable
-from lightning_opt.data import DataModule
 from lightning_opt.errors import ConfigError, LightningOptError, MissingExtraError
-from lightning_opt.losses import Term
-from lightning_opt.modules import Distillation, Supervised, TaskModule, Teacher, TeacherCache
-from lightning_opt.tasks import Task
+from lightning_opt.losses import OnPolicy, Term
+from lightning_opt.losses.schedules import Schedule
+from lightning_opt.losses.teachers import TeacherWeights
+from lightning_opt.modules.teacher import Teacher
+
+if TYPE_CHECKING:
+    from lightning_opt.tasks import Task
 
 Config = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything one fit needs.
+class LossParts:
+    """What a student learns from its teachers by.
 
     Attributes:
-        config: The plain config it was built from.
-        folder: Where it writes.
-        task: What good means.
-        module: Model, losses and optimizer.
-        datamodule: Where batches come from.
-        trainer: Runs it; holds callbacks, loggers and strategy.
-        checkpoints: The callback that keeps last and best.
+        terms: The weighted losses.
+        task_weight: Weight of the loss on labels.
+        weighting: How several teachers are combined; None for evenly.
+        sampling: Writes sequences in the place of some batches; None for none.
     """
 
-    config: Config
-    folder: Path
-    task: Task
-    module: TaskModule
-    datamodule: pl.LightningDataModule
-    trainer: pl.Trainer
-    checkpoints: SaveCheckpoints
+    terms: list[Term]
+    task_weight: float | Schedule
+    weighting: TeacherWeights | None
+    sampling: OnPolicy | None
 
 
-def build_run(
-    config: Config,
-    folder: Path,
-    *,
-    task: Task,
-    datamodule: pl.LightningDataModule,
-    teachers: Sequence[Teacher] = (),
-    cache: TeacherCache | None = None,
-) -> Run:
-    """Make the objects of one fit.
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a training module is made of.
 
-    Args:
-        config: Checked and plain.
-        folder: The fit's own folder, for checkpoints and metrics.
-        task: The same object for teacher, control and student.
-        datamodule: Likewise.
-        teachers: None for a model alone.
-        cache: The teachers' stored answers.
-
-    Raises:
-        ConfigError: A class refuses its arguments; the message names the key.
+    Attributes:
+        model: The network that is trained.
+        optimizer: Makes an optimizer from parameters.
+        scheduler: Makes a learning-rate schedule from an optimizer and `total_steps`; None for a constant rate.
+        loss: None for a model alone.
     """
-    pl.seed_everything(config["seed"], workers=True, verbose=False)
-    module = build_module(config, task, teachers, cache)
-    checkpoints = _checkpoints(config, folder, task)
-    callbacks = [*_callbacks(config), RngState(), MetricState(), checkpoints]
-    loggers, positions = _loggers(config, folder)
-    trainer = make(
-        config["trainer"],
-        "trainer",
-        callbacks=[*callbacks, *positions],
-        logger=loggers,
-        strategy=_strategy(config),
-        plugins=[DurableCheckpointIO()],
-        default_root_dir=str(folder),
-        enable_checkpointing=True,
-        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
-        use_distributed_sampler=False,
-    )
-    return Run(
-        config=config,
-        folder=folder,
-        task=task,
-        module=module,
-        datamodule=datamodule,
-        trainer=trainer,
-        checkpoints=checkpoints,
-    )
+
+    model: nn.Module
+    optimizer: Callable[..., Any]
+    scheduler: Callable[..., Any] | None
+    loss: LossParts | None
 
 
 def make(node: Config, key: str, **given: Any) -> Any:
@@ -142,63 +103,28 @@ _EXTRA_OF = {
 }
 
 
-def build_task(config: Config) -> Task:
-    """Make the task."""
-    task = make(config["task"], "task")
-    if not isinstance(task, Task):
-        raise ConfigError(f"task._target_={config['task']['_target_']}: this is no lightning_opt.tasks.Task")
-    return task
+def build_parts(config: Config, *, with_loss: bool) -> Parts:
+    """Make what a training module is made of; `with_loss` where there are teachers.
+
+    Raises:
+        ConfigError: A class refuses its arguments; the message names the key.
+    """
+    return Parts(
+        model=build_model(config["model"]),
+        optimizer=make(config["optimizer"], "optimizer"),
+        scheduler=make(config["scheduler"], "scheduler") if config.get("scheduler") else None,
+        loss=_loss_parts(config) if with_loss else None,
+    )
 
 
-def build_data(config: Config) -> pl.LightningDataModule:
-    """Make the data module; a stranger's one is given resumable loading."""
-    datamodule = make(config["data"], "data")
-    if not isinstance(datamodule, pl.LightningDataModule):
-        raise ConfigError(f"data._target_={config['data']['_target_']}: this is no LightningDataModule")
-    return datamodule if isinstance(datamodule, DataModule) else make_resumable(datamodule, seed=config["seed"])
-
-
-def build_model(node: Config, key: str = "model") -> nn.Module:
-    """Make a network from its config."""
-    model = make(node, key)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"{key}._target_={node['_target_']}: this is no torch.nn.Module")
-    return model
-
-
-def build_teacher(node: Config, model: nn.Module, name: str = "teacher") -> Teacher:
-    """Wrap a trained network as the teacher that a config describes."""
-    preprocess = make(node["preprocess"], "teacher.preprocess") if node.get("preprocess") else None
-    return Teacher(model, preprocess=preprocess, dtype=node.get("dtype"), compile=bool(node.get("compile")), name=name)
-
-
-def build_weighting(node: Config) -> Any:
-    """Make the rule by which several teachers are combined; None for evenly."""
-    return make(node["weighting"], "teacher.weighting") if node.get("weighting") else None
-
-
-def build_module(config: Config, task: Task, teachers: Sequence[Teacher], cache: TeacherCache | None) -> TaskModule:
-    """Make the LightningModule: a student with teachers, or a model alone."""
-    model = build_model(config["model"])
-    if config.get("compile"):
-        model.compile()
-    optimizer = make(config["optimizer"], "optimizer")
-    scheduler = make(config["scheduler"], "scheduler") if config.get("scheduler") else None
-    if not teachers:
-        return Supervised(model, task=task, optimizer=optimizer, scheduler=scheduler)
+def _loss_parts(config: Config) -> LossParts:
     loss = config["loss"]
     task_weight = loss.get("task_weight", 1.0)
-    return Distillation(
-        model,
-        list(teachers),
-        task=task,
-        losses=_terms(loss["terms"]),
+    return LossParts(
+        terms=_terms(loss["terms"]),
         task_weight=make(task_weight, "loss.task_weight") if isinstance(task_weight, dict) else task_weight,
-        optimizer=optimizer,
-        scheduler=scheduler,
         weighting=build_weighting(config["teacher"]),
         sampling=make(loss["sampling"], "loss.sampling") if loss.get("sampling") else None,
-        cache=cache,
     )
 
 
@@ -212,49 +138,35 @@ def _terms(nodes: Config) -> list[Term]:
     return terms
 
 
-def _checkpoints(config: Config, folder: Path, task: Task) -> SaveCheckpoints:
-    node = dict((config.get("callbacks") or {}).get("checkpoints") or {})
-    node.setdefault("_target_", "lightning_opt.checkpointing.SaveCheckpoints")
-    node.setdefault("monitor", f"val/{task.main_metric}")
-    node.setdefault("mode", "max" if task.higher_is_better else "min")
-    made = make(node, "callbacks.checkpoints", dirpath=str(folder / "checkpoints"))
-    assert isinstance(made, SaveCheckpoints)
-    return made
+def build_task(config: Config) -> "Task":
+    """Make the task."""
+    from lightning_opt.tasks import Task  # with torchmetrics, which a refused model needs not wait for
+
+    task = make(config["task"], "task")
+    if not isinstance(task, Task):
+        raise ConfigError(f"task._target_={config['task']['_target_']}: this is no lightning_opt.tasks.Task")
+    return task
 
 
-def _callbacks(config: Config) -> list[pl.Callback]:
-    """Make the user's callbacks, in the order of the config; the guard against NaN is there unless switched off."""
-    nodes = dict(config.get("callbacks") or {})
-    nodes.pop("checkpoints", None)
-    nodes.setdefault("non_finite", {"_target_": "lightning_opt.callbacks.NonFiniteGuard"})
-    made = [make(node, f"callbacks.{name}") for name, node in nodes.items() if node]
-    for name, callback in zip([name for name, node in nodes.items() if node], made, strict=True):
-        if not isinstance(callback, pl.Callback):
-            raise ConfigError(f"callbacks.{name}: {type(callback).__name__} is no Lightning callback")
-    # The guard looks at the gradients before any other callback edits them.
-    return sorted(made, key=lambda callback: not isinstance(callback, NonFiniteGuard))
+def build_model(node: Config, key: str = "model") -> nn.Module:
+    """Make a network from its config."""
+    model = make(node, key)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{key}._target_={node['_target_']}: this is no torch.nn.Module")
+    return model
 
 
-def _loggers(config: Config, folder: Path) -> tuple[list[Logger], list[pl.Callback]]:
-    """Make metrics.csv, which every run has, and what else the user wants."""
-    csv = MetricsCsv(folder / "metrics.csv")
-    others = [
-        make(node, f"logger.{name}", save_dir=str(folder)) if _takes_folder(node) else make(node, f"logger.{name}")
-        for name, node in (config.get("logger") or {}).items()
-        if node
-    ]
-    return [csv, *others], [LogPosition(csv)]
+def build_teacher(node: Config, model: nn.Module, name: str = "teacher") -> Teacher:
+    """Wrap a trained network as the teacher that a config describes."""
+    preprocess = make(node["preprocess"], "teacher.preprocess") if node.get("preprocess") else None
+    try:
+        return Teacher(
+            model, preprocess=preprocess, dtype=node.get("dtype"), compile=bool(node.get("compile")), name=name
+        )
+    except ValueError as error:
+        raise ConfigError(f"teacher: {error}") from error
 
 
-def _takes_folder(node: Config) -> bool:
-    return "save_dir" not in node and str(node.get("_target_", "")).startswith("lightning.")
-
-
-def _strategy(config: Config) -> Any:
-    node = config.get("strategy")
-    return make(node, "strategy") if node else "auto"
-
-
-def device_of(trainer: pl.Trainer) -> torch.device:
-    """Return where a trainer computes."""
-    return trainer.strategy.root_device
+def build_weighting(node: Config) -> Any:
+    """Make the rule by which several teachers are combined; None for evenly."""
+    return make(node["weighting"], "teacher.weighting") if node.get("weighting") else None

@@ -27,6 +27,7 @@ def check(config: dict[str, Any]) -> list[str]:
     """
     _check_node("", config)
     _check_teacher(config)
+    _check_start(config)
     _check_length(config)
     return _warnings(config)
 
@@ -160,6 +161,15 @@ def _check_teacher(config: dict[str, Any]) -> None:
         raise ConfigError("teacher.cache stores answers on the training set; it cannot answer loss.sampling, drop one")
 
 
+def _check_start(config: dict[str, Any]) -> None:
+    """Check where the first weights come from."""
+    path = config.get("start_from")
+    if path and not Path(path).expanduser().exists():
+        raise ConfigError(f"start_from={path}: no such file or folder")
+    if path and (config.get("teacher") or {}).get("init_student"):
+        raise ConfigError("start_from and teacher.init_student both give the first weights; drop one")
+
+
 def _check_length(config: dict[str, Any]) -> None:
     """Refuse a run that would never end."""
     trainer = config.get("trainer") or {}
@@ -171,6 +181,6 @@ def _check_length(config: dict[str, Any]) -> None:
 
 def _warnings(config: dict[str, Any]) -> list[str]:
     found = []
-    if config.get("baseline") and not config.get("teacher"):
-        found.append("baseline=true has no effect: without a teacher the run is its own baseline")
+    if config.get("baseline") and not (config.get("teacher") or config.get("pruner")):
+        found.append("baseline=true has no effect: without a teacher or a pruner the run is its own baseline")
     return found

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from lightning_opt.config.paths import conf_dir
 
-_TARGET = re.compile(r"^\s*_target_:\s*(lightning_opt\.[\w.]+)\s*(?:#.*)?$", re.MULTILINE)
+_TARGET = re.compile(r"^\s*(?:- +)?_target_:\s*(lightning_opt\.[\w.]+)\s*(?:#.*)?$", re.MULTILINE)
 
 
 @lru_cache(maxsize=1)

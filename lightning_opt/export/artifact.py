@@ -28,9 +28,10 @@ from lightning_opt.export.manifest import (
 )
 from lightning_opt.export.safetensors import read_safetensors, write_safetensors
 from lightning_opt.export.trust import build_trusted, check_trusted, declared_models, targets_of
-from lightning_opt.surgery import Recipe, replay
+from lightning_opt.surgery import Recipe, replay, whole_recipe
 
 WEIGHTS, RECIPE, ARCHITECTURE = "model.safetensors", "recipe.json", "architecture.json"
+CONFIG_AS_BUILT = "_lightning_opt_config"  # where a model keeps it once its configuration follows its smaller shapes
 _FILES = (WEIGHTS, RECIPE, ARCHITECTURE)
 
 
@@ -50,7 +51,7 @@ def save_artifact(
         architecture: How the original model is built: `{"_target_": "lightning_opt.models.ConvNet", ...plain values}`.
             The weights follow, so a `pretrained` in it is written as false, and a Hugging Face `source` is replaced by
             the configuration that was read from it.
-        recipe: What was done to its structure since; None means nothing.
+        recipe: What was done to its structure since; when not given, what the model itself carries.
         meta: Plain values for the manifest, such as a summary of the metrics.
 
     Returns:
@@ -60,11 +61,12 @@ def save_artifact(
         StorageError: A file could not be written.
         ValueError: `architecture` or `meta` is not plain JSON, or the model's state holds more than dense tensors.
     """
-    folder, recipe = Path(folder), recipe or Recipe()
+    folder = Path(folder)
     model = getattr(model, "_orig_mod", model)  # the module inside a torch.compile wrapper
+    recipe = whole_recipe(model) if recipe is None else recipe
     described = plain_json(architecture, "architecture")
     _check_architecture(described)
-    described = _self_contained(described, model, recipe)
+    described = _self_contained(described, model)
     meta = plain_json(dict(meta or {}), "meta")
     make_folder(folder)
     with storing(folder / MANIFEST):
@@ -149,21 +151,20 @@ def _check_architecture(architecture: Any) -> None:
         raise ValueError(f"architecture could not be loaded again: {error}") from error
 
 
-def _self_contained(described: dict[str, Any], model: nn.Module, recipe: Recipe) -> dict[str, Any]:
+def _self_contained(described: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Free a description from sources of weights, since the weights follow."""
     if "pretrained" in described or _can_be_pretrained(described["_target_"]):
         described = {**described, "pretrained": False}
     config = _hugging_face_config(model)
-    # With a recipe the source's own layers are needed first, and only the source says how many there were.
-    if config is None or described.get("source") is None or "config" not in described or len(recipe):
+    if config is None or described.get("source") is None or "config" not in described:
         return described
     return {**described, "source": None, "config": config} | ({"num_layers": None} if "num_layers" in described else {})
 
 
 def _hugging_face_config(model: nn.Module) -> dict[str, Any] | None:
-    """Return the configuration of the Hugging Face model inside, without what is private to that library."""
+    """Return the configuration that the Hugging Face model inside was built with, without what is private to it."""
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config = vars(module).get(CONFIG_AS_BUILT, getattr(module, "config", None))
         if config is not None and hasattr(config, "to_dict") and isinstance(getattr(config, "model_type", None), str):
             values = config.to_dict() | {"model_type": config.model_type}
             dropped = {"auto_map", "architectures", "transformers_version", "dtype", "torch_dtype"}

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import override
 
+from lightning_opt.checkpointing.recipe import restore_recipes, save_recipes
 from lightning_opt.tasks import Example, Task
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -78,12 +79,24 @@ class TaskModule(pl.LightningModule):
         scheduler = self._make_scheduler(optimizer, total_steps=int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        save_recipes(self, checkpoint)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        restore_recipes(self, checkpoint)
+
     @property
     def progress(self) -> float:
         """Fraction of the optimizer steps that are done, in [0, 1]; 0 where the end is not known."""
         total = self.trainer.estimated_stepping_batches
         # A loader without a length and no max_steps gives -1.
         return min(self.global_step / total, 1.0) if 0 < total < float("inf") else 0.0
+
+    def tapped_modules(self) -> list[str]:
+        """Return the patterns of the modules of `model` whose features must stay as wide as they are."""
+        return []
 
     def labels_of(self, example: Example) -> Tensor:
         """Return the labels of a batch that must have some.

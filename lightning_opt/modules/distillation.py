@@ -13,22 +13,16 @@ from typing_extensions import override
 
 from lightning_opt.checkpointing.keys import mix
 from lightning_opt.errors import ConfigError
-from lightning_opt.forward import Inputs, map_inputs, predict
+from lightning_opt.forward import Inputs, map_inputs
 from lightning_opt.losses import DistillationLoss, OnPolicy, Signals, Supervision, Term, combine_teachers, value_at
 from lightning_opt.losses.schedules import Schedule
-from lightning_opt.losses.teachers import (
-    FixedWeights,
-    Mix,
-    TeacherWeights,
-    mix_probabilities,
-    mix_sigmoids,
-    mix_values,
-)
+from lightning_opt.losses.teachers import FixedWeights, TeacherWeights
 from lightning_opt.modules.base import OptimizerFactory, SchedulerFactory, TaskModule
+from lightning_opt.modules.matching import ask_once, check_match, look, mix_of, refuse_features_from_cache
 from lightning_opt.modules.taps import FeatureTaps
 from lightning_opt.modules.teacher import Teacher
 from lightning_opt.modules.teacher_cache import TeacherCache
-from lightning_opt.tasks import Example, Multilabel, Regression, Task
+from lightning_opt.tasks import Example, Task
 
 _BUILD_SEED = 20_251  # projectors start the same on every rank and in every resumed run
 
@@ -88,7 +82,8 @@ class Distillation(TaskModule):
         self.cache = cache
         self._student_taps: FeatureTaps | None = None
         self._is_built = False
-        self._refuse_features_from_cache()
+        if cache is not None:
+            refuse_features_from_cache(self._each_term())
 
     @property
     def student(self) -> nn.Module:
@@ -121,17 +116,26 @@ class Distillation(TaskModule):
         # Neither random state nor batch statistics may move: a resumed run comes through here too.
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(_BUILD_SEED)
-            student_signals = _signals(self.model, self._student_patterns(), example.inputs)
+            student_signals = look(self.model, self._student_patterns(), example.inputs)
             answers = [
-                _answer(teacher, patterns, example.inputs)
+                ask_once(teacher, patterns, example.inputs)
                 for teacher, patterns in zip(self.teachers, self._teacher_patterns(), strict=True)
             ]
             for teacher, answer in zip(self.teachers, answers, strict=True):
-                _check_match(student_signals.logits, answer.logits, teacher.name)
+                check_match(student_signals.logits, answer.logits, teacher.name)
             together = combine_teachers(answers, FixedWeights()(answers, Supervision()), mix=mix_of(self.task))
             for term in self._each_term():
                 term.loss.build(student_signals, together)
         self._warn_when_larger()
+
+    def tapped_modules(self) -> list[str]:
+        """Return the patterns of the student's modules for whose widths losses have parts of their own.
+
+        Projectors and memory banks fit the widths that they were built for: whoever cuts the student must leave these
+        features as wide as they are. Losses without such parts (relations, attention maps) take any width.
+        """
+        built = [term for term in self._each_term() if type(term.loss).build is not DistillationLoss.build]
+        return list(dict.fromkeys(pattern for term in built for pattern in term.loss.student_taps))
 
     @override
     def on_fit_start(self) -> None:
@@ -243,16 +247,6 @@ class Distillation(TaskModule):
                 inputs = self.task.read(next(iter(batches))).inputs
         return Example(inputs=map_inputs(inputs, lambda value: value.to(self.device)))
 
-    def _refuse_features_from_cache(self) -> None:
-        if self.cache is None:
-            return
-        for term in self._each_term():
-            if "features" in term.loss.needs or term.loss.teacher_taps:
-                raise ConfigError(
-                    f"loss.terms.{term.name} reads the teacher's features and teacher.cache holds only its logits; "
-                    "set teacher.cache=null or drop this loss"
-                )
-
     def _warn_when_larger(self) -> None:
         student = sum(p.numel() for p in self.model.parameters())
         teacher = sum(p.numel() for one in self.teachers for p in one.model.parameters())
@@ -262,40 +256,5 @@ class Distillation(TaskModule):
             )
 
 
-def _signals(model: nn.Module, patterns: Sequence[str], inputs: Inputs) -> Signals:
-    """Look at a network once, in eval mode, and leave it in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    with FeatureTaps(model, patterns) as taps:
-        logits = predict(model, inputs)
-        features = taps.collect()
-    model.train(was_training)
-    return Signals(logits=logits, features=features)
-
-
-def _answer(teacher: Teacher, patterns: Sequence[str], inputs: Inputs) -> Signals:
-    """Ask a teacher once, on the device where the example is."""
-    teacher.watch(patterns)
-    try:
-        return teacher(inputs)
-    finally:
-        teacher.watch([])
-
-
 def _named(inputs: Inputs) -> dict[str, Tensor]:
     return dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}  # type: ignore[dict-item]
-
-
-def mix_of(task: Task) -> Mix:
-    """Return how the answers of several teachers are averaged for a task."""
-    if isinstance(task, Regression):
-        return mix_values
-    return mix_sigmoids if isinstance(task, Multilabel) else mix_probabilities
-
-
-def _check_match(student: Tensor, teacher: Tensor, name: str) -> None:
-    if student.shape != teacher.shape:
-        raise ConfigError(
-            f"teacher: {name} answers with shape {tuple(teacher.shape)} and the student with {tuple(student.shape)}; "
-            "both need the same classes, labels or vocabulary"
-        )

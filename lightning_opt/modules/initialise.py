@@ -35,7 +35,8 @@ def initialise_from_teacher(
         student: Is changed in place; keeps its own dtype and device.
         teacher: Is read.
         mapping: Student prefix -> teacher prefix, such as `{"encoder.layer.1": "encoder.layer.4"}`: a module, or one
-            tensor. Everything under the student's prefix must exist under the teacher's.
+            tensor. Everything under the student's prefix must exist under the teacher's. `{"": ""}` copies the whole
+            model.
         slice: Take the leading rows, columns, ... of a teacher tensor that is larger.
 
     Returns:
@@ -49,7 +50,8 @@ def initialise_from_teacher(
     for target, source in mapping.items():
         _require_prefix(source, theirs, "teacher")
         for name in _require_prefix(target, ours, "student"):
-            origin = source + name[len(target) :]
+            inner = name[len(target) :].lstrip(".")
+            origin = ".".join(part for part in (source, inner) if part)
             if origin not in theirs:
                 raise ConfigError(
                     f"{target!r}: {source!r}: the teacher has no tensor {origin!r} for the student's {name!r}; "
@@ -62,7 +64,7 @@ def initialise_from_teacher(
 
 
 def _require_prefix(prefix: str, tensors: Mapping[str, Tensor], whose: str) -> list[str]:
-    names = [name for name in tensors if name == prefix or name.startswith(f"{prefix}.")]
+    names = [name for name in tensors if not prefix or name == prefix or name.startswith(f"{prefix}.")]
     if not names:
         modules = {name.rsplit(".", depth)[0] for name in tensors for depth in range(1, name.count(".") + 1)}
         near = near_names(prefix, sorted(modules | set(tensors)))

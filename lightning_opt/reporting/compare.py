@@ -8,6 +8,7 @@ from lightning_opt.errors import ConfigError
 from lightning_opt.reporting import style, text
 from lightning_opt.reporting.figures import FOLDER, Drawn, Point, draw_plane
 from lightning_opt.reporting.groups import Group, group_runs, mean, spread
+from lightning_opt.reporting.names import model_name
 from lightning_opt.reporting.page import Page, Section, write_page
 from lightning_opt.reporting.ratios import main_metric
 from lightning_opt.reporting.tables import Table
@@ -214,7 +215,7 @@ def _points(group: Group, metric: str | None, *, one: bool) -> list[Point]:
         values = group.values(_quality(name, metric))
         quality = mean(values)
         if quality is not None:
-            label = group.label if name == "student" else {"baseline": "student alone"}.get(name, name)
+            label = group.label if name == "student" else model_name(group.runs[0].record, name)
             latency, size = mean(group.values(_latency(name))), mean(group.values(_measure(name, "size_bytes")))
             role = name if one else group.label
             points.append(Point(label, role, quality, latency, size, spread(values)))

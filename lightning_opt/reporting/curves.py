@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lightning_opt.reporting import style, text
 from lightning_opt.reporting.labels import Mark, label_ends
 from lightning_opt.reporting.metrics import Series
-from lightning_opt.reporting.verdict import model_name
+from lightning_opt.reporting.names import model_name
 
 Tables = Mapping[str, Mapping[str, Series]]
 _COLUMNS = 3
@@ -144,6 +144,17 @@ def draw_quality(record: Mapping[str, Any], tables: Tables) -> Figure | None:
         return None
     figure = style.canvas(3.1, right=0.2)
     axes = figure.subplots()
+    marks = draw_quality_lines(axes, record, tables, key)
+    axes.set_xlabel("step")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(lambda value, _: style.plain_number(value))
+    label_ends(axes, marks)
+    return figure
+
+
+def draw_quality_lines(axes: Axes, record: Mapping[str, Any], tables: Tables, key: str) -> list[Mark]:
+    """Draw one validation metric of every model but the teacher, who is a level; return the marks of the line ends."""
+    names = [name for name in _models(tables) if key in tables[name] and name != "teacher"]
     marks = []
     for position, name in enumerate(names):
         series, color = tables[name][key], style.color(name, position)
@@ -153,16 +164,13 @@ def draw_quality(record: Mapping[str, Any], tables: Tables) -> Figure | None:
         )
         marks.append(Mark(float(series.step[-1]), float(series.value[-1]), _end_label(record, name, series), color))
     level = _teacher_level(record, tables, key)
-    if level is not None:
+    if level is not None and marks:
         axes.axhline(level, color=style.ROLES["teacher"], lw=1.0, ls=(0, (4, 3)))
         marks.append(Mark(marks[0].x, level, f"teacher {text.quality(level)}", style.ROLES["teacher"]))
-    _focus(axes, [tables[name][key] for name in names], level)
-    axes.set_xlabel("step")
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(lambda value, _: style.plain_number(value))
+    if marks:
+        _focus(axes, [tables[name][key] for name in names], level)
     axes.set_title(f"validation {text.plain(short_name(key), limit=50)}")
-    label_ends(axes, [mark for mark in marks if np.isfinite(mark.y)])
-    return figure
+    return [mark for mark in marks if np.isfinite(mark.y)]
 
 
 def _end_label(record: Mapping[str, Any], name: str, series: Series) -> str:

@@ -12,12 +12,15 @@ from matplotlib.figure import Figure
 from lightning_opt.reporting import style, text
 from lightning_opt.reporting.curves import Tables, draw_losses, draw_quality
 from lightning_opt.reporting.labels import Mark, label_points
+from lightning_opt.reporting.names import model_name
+from lightning_opt.reporting.pruned import FORMS
+from lightning_opt.reporting.pruned_figures import draw_layers, draw_steps
 from lightning_opt.reporting.ratios import engine_label, engines
 from lightning_opt.reporting.tables import model_order
-from lightning_opt.reporting.verdict import model_name
 
 Record = Mapping[str, Any]
 FOLDER = "figures"
+Plan = tuple[str, str, str, Callable[[], Figure | None]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def draw_all(run_dir: Path, record: Record, tables: Tables) -> list[Drawn]:
         The figures in the order in which one reads them.
     """
     metric = text.plain(record["comparison"].get("metric") or "quality", limit=30)
-    plans: list[tuple[str, str, str, Callable[[], Figure | None]]] = [
+    plans: list[Plan] = [
         (
             "quality_and_cost",
             "Quality against latency and size",
@@ -72,18 +75,8 @@ def draw_all(run_dir: Path, record: Record, tables: Tables) -> list[Drawn]:
             else f"Down is better {metric}, left is faster or smaller; both cost axes are logarithmic.",
             lambda: draw_plane(points_of(record), metric, batch=_smallest_batch(record)),
         ),
-        (
-            "gains",
-            "Teacher divided by student",
-            "How many times smaller or faster the student is than its teacher; left of 1× it is larger or slower.",
-            lambda: draw_gains(record),
-        ),
-        (
-            "quality",
-            "Validation quality",
-            "While training; the student alone is the control with the same budget.",
-            lambda: draw_quality(record, tables),
-        ),
+        ("gains", *_gains_words(record), lambda: draw_gains(record)),
+        *_quality_plans(record, tables),
         (
             "losses",
             "Loss terms",
@@ -104,6 +97,34 @@ def draw_all(run_dir: Path, record: Record, tables: Tables) -> list[Drawn]:
             if figure is not None:
                 drawn.append(Drawn(style.save(figure, run_dir / FOLDER / f"{name}.png"), title, caption))
     return drawn
+
+
+def _gains_words(record: Record) -> tuple[str, str]:
+    if record.get("pruning") and "teacher" not in record["models"]:
+        return (
+            "Dense divided by pruned",
+            "How many times smaller or faster it became; left of 1× it is larger or slower.",
+        )
+    return (
+        "Teacher divided by student",
+        "How many times smaller or faster the student is than its teacher; left of 1× it is larger or slower.",
+    )
+
+
+def _quality_plans(record: Record, tables: Tables) -> list[Plan]:
+    """Plan what is drawn over the steps: with sparsity below it where the run pruned, and then each layer too."""
+    quality = "While training; the student alone is the control with the same budget."
+    if not record.get("pruning"):
+        return [("quality", "Validation quality", quality, lambda: draw_quality(record, tables))]
+    over_steps: Plan = (
+        "pruning",
+        "Quality and sparsity over the steps",
+        "Above: validation while training; the dense model is the control with the same budget. Below: what was "
+        "pruned. Dashed: here the model became physically smaller.",
+        lambda: draw_steps(record, tables) or draw_quality(record, tables),
+    )
+    words = "Dark: left of the original weights; pale: zeros that are still stored and multiplied; grey: removed."
+    return [over_steps, ("layers", "What is left of each layer", words, lambda: draw_layers(record))]
 
 
 def _smallest_batch(record: Record) -> int:
@@ -229,9 +250,25 @@ def gains_of(record: Record) -> list[tuple[str, float]]:
     gains = [(title, comparison.get(f"{key}_ratio")) for key, title in names.items()]
     if comparison.get("params_nonzero_ratio") == comparison.get("params_ratio"):
         gains = [gain for gain in gains if gain[0] != names["params_nonzero"]]
+    if record.get("pruning") and "teacher" not in record["models"]:
+        return [(title, value) for title, value in gains if value] + _gains_of_pruning(record)
     for row in comparison.get("latency_ratio") or ():
         gains.append((f"latency, batch {row['batch']}", row["value"]))
     return [(title, value) for title, value in gains if value]
+
+
+def _gains_of_pruning(record: Record) -> list[tuple[str, float]]:
+    """List the sizes on disk in other forms, and the latency in each engine at the smallest batch size."""
+    sizes, rows = record["pruning"]["size_bytes"], record["pruning"]["latency"] or []
+    gains = [
+        (f"size, {FORMS[form]}", sizes["before"] / sizes[form]) for form in FORMS if form != "dense" and sizes.get(form)
+    ]
+    smallest = min((row["batch"] for row in rows), default=None)
+    return gains + [
+        (f"latency, batch {row['batch']}, {engine_label(row)}", row["ratio"])
+        for row in rows
+        if row["batch"] == smallest
+    ]
 
 
 def draw_gains(record: Record) -> Figure | None:

@@ -44,7 +44,8 @@ def comparison(
 
 
 def _reference(models: Mapping[str, Model]) -> tuple[str, Model | None]:
-    return next(((name, models[name]) for name in ("teacher", "baseline") if name in models), ("teacher", None))
+    order = ("teacher", "baseline", "dense")  # "dense": the shapes before pruning, untrained, where there is no control
+    return next(((name, models[name]) for name in order if name in models), ("teacher", None))
 
 
 def _ratios(result: dict[str, Any], reference: Model, student: Model) -> None:

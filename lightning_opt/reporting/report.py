@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_opt.errors import StorageError
-from lightning_opt.reporting import tables, text
+from lightning_opt.reporting import pruned_tables, tables, text
 from lightning_opt.reporting.curves import Tables
 from lightning_opt.reporting.figures import draw_all
 from lightning_opt.reporting.metrics import run_metrics
 from lightning_opt.reporting.page import Code, Page, Section, write_page
+from lightning_opt.reporting.progress import how_far
 from lightning_opt.reporting.record import read_record
 from lightning_opt.reporting.tables import Table
 from lightning_opt.reporting.verdict import verdict
@@ -47,8 +48,8 @@ def render(run_dir: Path | str) -> tuple[Path, Path]:
         kicker=" · ".join(_facts(record)),
         verdict=said.sentence,
         mood=said.mood,
-        caveats=said.caveats,
-        tiles=_tiles(record),
+        caveats=[*said.caveats, *how_far(folder, record, curves)],
+        tiles=pruned_tables.tiles(record) if record.get("pruning") else _tiles(record),
         warnings=warnings,
         sections=_sections(folder, record, curves),
     )
@@ -125,6 +126,7 @@ def _latencies(models: Mapping[str, Any], batch: int) -> str:
 def _sections(folder: Path, record: Record, curves: Tables) -> list[Section]:
     return [
         Section("Before and after", _some(_before_after(record)), remarks=_how_measured(record)),
+        _pruning(record),
         Section("Against the best engine", _some(tables.speedups(record))),
         Section("Deployed formats", _some(tables.deployed(record))),
         Section("Figures", figures=draw_all(folder, record, curves)),
@@ -135,6 +137,18 @@ def _sections(folder: Path, record: Record, curves: Tables) -> list[Section]:
         _again(folder, record),
         Section("Environment", [tables.environment(record)]),
     ]
+
+
+def _pruning(record: Record) -> Section:
+    """Say what pruning did: nothing for a run that pruned nothing."""
+    found = record.get("pruning")
+    if not found:
+        return Section("What pruning did")
+    made = [pruned_tables.totals(record), pruned_tables.engines(record), pruned_tables.sizes(record)]
+    made.append(pruned_tables.layers(record))
+    why = (found.get("reasons") or {}).items()
+    remarks = [f"{tables.label(name)}: {text.plain(words, limit=300)}" for name, words in why]
+    return Section("What pruning did", [table for table in made if table is not None], remarks=remarks)
 
 
 def _some(table: Table | None) -> list[Table]:

@@ -6,12 +6,13 @@ from operator import itemgetter
 from typing import Any
 
 from lightning_opt.reporting import text
+from lightning_opt.reporting.names import model_name
+from lightning_opt.reporting.pruned import dense_name
 from lightning_opt.reporting.record import has_null
-from lightning_opt.reporting.verdict import model_name
 
 Record = Mapping[str, Any]
 Reader = Callable[[Any], Any]
-_ORDER = ("teacher", "baseline", "student")
+_ORDER = ("teacher", "baseline", "dense", "student")
 _LABELS = {
     "quality": "quality",
     "params": "parameters",
@@ -67,7 +68,7 @@ def before_after(record: Record) -> Table:
     gains = _gains(record)
     if gains:
         rows = [[*row, gains.get(row[0], "")] for row in rows]
-    header = ["", *(model_name(record, name) for name in names), *(["teacher / student"] if gains else [])]
+    header = ["", *(model_name(record, name) for name in names), *([_gain_title(record)] if gains else [])]
     return Table(header, rows, names.index("student") + 1 if "student" in names else None)
 
 
@@ -127,8 +128,13 @@ def _cost(value: Any) -> str:
     return f"{text.number(value['value'])} {text.plain(value['currency'] or '', limit=8)}" if known else text.DASH
 
 
+def _gain_title(record: Record) -> str:
+    return "teacher / student" if "teacher" in record["models"] else "dense / pruned"
+
+
 def _gains(record: Record) -> dict[str, str]:
-    if not {"teacher", "student"} <= record["models"].keys():
+    reference = "teacher" if not record.get("pruning") or "teacher" in record["models"] else dense_name(record)
+    if not {reference, "student"} <= record["models"].keys():
         return {}
     comparison = record["comparison"]
     pairs = {"params": "params_ratio", "params_nonzero": "params_nonzero_ratio", "flops": "flops_ratio"}

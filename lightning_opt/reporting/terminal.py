@@ -11,8 +11,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lightning_opt.reporting import text
+from lightning_opt.reporting.names import model_name
 from lightning_opt.reporting.tables import model_order
-from lightning_opt.reporting.verdict import model_name, verdict
+from lightning_opt.reporting.verdict import verdict
 
 Record = Mapping[str, Any]
 _WIDTH = 100
@@ -70,10 +71,11 @@ def _table(record: Record, lines: box.Box) -> RichTable:
     table = RichTable(box=lines, pad_edge=False, show_edge=False)
     table.add_column("")
     named = text.plain(metric, limit=20) if metric else "quality"
-    heads = [named, "parameters", "size", *([f"latency, batch {batch}", "speed"] if batch else [])]
+    heads = [named, "parameters", *(["not zero"] if record.get("pruning") else []), "size"]
+    heads += [f"latency, batch {batch}", "speed"] if batch else []
     for head in heads:
         table.add_column(Text(head), justify="right")
-    reference = next((name for name in ("teacher", "baseline") if name in record["models"]), None)
+    reference = next((name for name in ("teacher", "baseline", "dense") if name in record["models"]), None)
     for name in model_order(record):
         cells = _cells(record, name, reference, metric, batch)
         table.add_row(*(Text(cell) for cell in cells), style="bold" if name == "student" else None)
@@ -88,7 +90,8 @@ def _batch(record: Record) -> int | None:
 def _cells(record: Record, name: str, reference: str | None, metric: str | None, batch: int | None) -> list[str]:
     model = record["models"][name]
     cells = [model_name(record, name), text.quality((model["quality"] or {}).get(metric))]
-    cells += [text.count(model["params"]), text.size(model["size_bytes"])]
+    cells += [text.count(model["params"]), *([text.count(model["params_nonzero"])] if record.get("pruning") else [])]
+    cells.append(text.size(model["size_bytes"]))
     if batch is None:
         return cells
     own = _latency(model, batch)

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_opt.reporting import text
+from lightning_opt.reporting import pruned, text
+from lightning_opt.reporting.names import model_name
 
 Record = Mapping[str, Any]
-_ADJECTIVES = {"distil": "distilled", "prun": "pruned", "shrink": "pruned", "quant": "quantized"}
 _STOPPED = {
     "running": "The run is still going on; what follows was measured so far.",
     "failed": "The run failed; what follows was measured before it stopped.",
@@ -31,26 +31,6 @@ class Verdict:
     caveats: tuple[str, ...] = ()
 
 
-def adjectives(record: Record) -> list[str]:
-    """List what was done to the student, in the order of the stages: "distilled", "pruned", "quantized"."""
-    methods = [str(stage["method"]).lower() for stage in record["stages"]]
-    found = [word for method in methods for stem, word in _ADJECTIVES.items() if stem in method]
-    if not found and "teacher" in record["models"]:
-        found = ["distilled"]
-    return list(dict.fromkeys(found))
-
-
-def model_name(record: Record, name: str) -> str:
-    """Name a model of the record for people: "teacher", "student alone", "distilled student"; others as they are."""
-    if name == "baseline":
-        return "student alone"
-    if name == "student":
-        words = adjectives(record)
-        listed = ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else "".join(words)
-        return f"{listed} {'student' if set(record['models']) & {'teacher', 'baseline'} else 'model'}".strip()
-    return text.plain(name, limit=40)
-
-
 def verdict(record: Record) -> Verdict:
     """Judge a run by its record: status first, then quality against teacher and student alone, then size and speed."""
     stopped = _STOPPED.get(record["status"])
@@ -64,6 +44,8 @@ def verdict(record: Record) -> Verdict:
     values = {name: (model["quality"] or {}).get(metric) for name, model in record["models"].items()}
     if values.get("student") is None:
         return Verdict("The run finished, but the student's quality was not measured.", "open")
+    if record.get("pruning"):
+        return _of_pruning(record, values)
     subject = f"The {model_name(record, 'student')}"
     kept = _kept(comparison, values)
     gained, mood = _gained(comparison, values)
@@ -155,3 +137,86 @@ def _against_best(row: Mapping[str, Any], ratio: float) -> str:
         f"In its fastest engine ({text.plain(row['engine'])}) it is {factor} than the {reference} in its best dense "
         f"fp32 engine ({engine}) at batch {row['batch']}."
     )
+
+
+def _of_pruning(record: Record, values: Mapping[str, float | None]) -> Verdict:
+    """Judge a run that pruned: quality against the dense model, then what it is worth in speed and in bytes."""
+    subject = f"The {model_name(record, 'student')} model"
+    kept, lost = _kept_of_dense(record, values)
+    beside_teacher = [_kept(record["comparison"], values)] if values.get("teacher") is not None else []
+    clauses = [kept, *beside_teacher, *_fewer(record), _faster(record), _lighter(record)]
+    sentence = f"{subject} {_listed([clause for clause in clauses if clause])}."
+    return Verdict(sentence, _mood_of_pruning(record, lost), tuple(_caveats_of_pruning(record, values)))
+
+
+def _kept_of_dense(record: Record, values: Mapping[str, float | None]) -> tuple[str, float | None]:
+    """Say what of the dense model's quality is left; also return the loss as a share of it, None if unknown."""
+    metric, student, dense = record["comparison"]["metric"], values["student"], values.get("baseline")
+    named = text.plain(metric, limit=30)
+    if student is None or dense is None:
+        return ("" if values.get("teacher") is not None else f"reaches {named} {text.quality(student)}"), None
+    gain = record["comparison"].get("baseline_gain") or 0.0
+    loss = -gain / abs(dense) if dense else 0.0
+    if gain >= 0:
+        pair = f"{text.quality(student)}; dense {text.quality(dense)}"
+        return f"matches or exceeds the dense model's {named} ({pair})", loss
+    pair = f"{text.quality(student)} of {text.quality(dense)}"
+    if text.is_share(metric) and dense > 0:
+        return f"keeps {100 * student / dense:.1f} % of the dense model's {named} ({pair})", loss
+    return f"has {named} {text.quality(student)} (dense {text.quality(dense)})", loss
+
+
+def _fewer(record: Record) -> list[str]:
+    totals = record["pruning"]["totals"]
+    before, params, nonzero = totals["params_before"], totals["params"], totals["nonzero"]
+    if not before or not nonzero or not params:
+        return []
+    if before / nonzero < pruned.LEAST:
+        return ["has as many parameters as before: nothing was pruned"]
+    said = [f"{text.times(before / params)} fewer parameters"] if before / params >= pruned.LEAST else []
+    if params / nonzero >= pruned.LEAST:
+        said.append(f"{text.times(before / nonzero)} fewer that are not zero")
+        said[-1] = said[-1] if len(said) > 1 else said[-1].replace("fewer that", "fewer parameters that")
+    return [f"has {' and '.join(said)}"] if said else []
+
+
+def _faster(record: Record) -> str:
+    found = [pruned.fastest(record, batch) for batch in pruned.batches(record)[:1]]
+    if not found or found[0] is None:
+        return ""
+    where = f"at batch {pruned.batches(record)[0]}, each in its fastest engine"
+    ratio = found[0]["ratio"]
+    if 1 / pruned.RESOLVED < ratio < pruned.RESOLVED:
+        return f"is no faster {where} ({ratio:.2f}×)"
+    return f"is {_factor(ratio, 'faster', 'slower', 'no faster')} {where}"
+
+
+def _lighter(record: Record) -> str:
+    found = pruned.smallest_form(record)
+    if found is None:
+        return ""
+    form, size, before = found
+    how = "" if form == "dense" else f" ({pruned.FORMS[form]})"
+    return f"takes {text.size(size)} on disk instead of {text.size(before)}{how}"
+
+
+def _mood_of_pruning(record: Record, loss: float | None) -> str:
+    faster = pruned.is_faster(record)
+    if not record["pruning"]["kinds"] or (loss is not None and loss > pruned.LARGE_LOSS):
+        return "bad"
+    if loss is None:
+        return "open" if faster is None else "mixed"
+    return "good" if faster and loss <= pruned.SMALL_LOSS else "mixed"
+
+
+def _caveats_of_pruning(record: Record, values: Mapping[str, float | None]) -> list[str]:
+    said = []
+    if values.get("baseline") is None:
+        said.append(
+            "There was no dense control run at the same budget, so what pruning cost in quality is not known "
+            "(set baseline=true)."
+        )
+    said += [text.plain(words, limit=600) for words in record["pruning"]["sentences"]]
+    if values.get("baseline") is not None:
+        said.append(f"One seed ({record['seed']}): a difference this size can change with the seed.")
+    return said

@@ -2,6 +2,20 @@
 
 from lightning_opt.surgery.edits import Edit, edit_from_dict
 from lightning_opt.surgery.layers import DropLayers
-from lightning_opt.surgery.recipe import Recipe, replay
+from lightning_opt.surgery.model_recipe import recipe_of, record, replay, whole_recipe
+from lightning_opt.surgery.optimizers import apply_with_optimizers
+from lightning_opt.surgery.recipe import Recipe
+from lightning_opt.surgery.shrink import Shrink
 
-__all__ = ["DropLayers", "Edit", "Recipe", "edit_from_dict", "replay"]
+__all__ = [
+    "DropLayers",
+    "Edit",
+    "Recipe",
+    "Shrink",
+    "apply_with_optimizers",
+    "edit_from_dict",
+    "recipe_of",
+    "record",
+    "replay",
+    "whole_recipe",
+]

@@ -7,11 +7,13 @@ A new kind of edit is a frozen dataclass that inherits from `Edit`, names its `o
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
+
+Dims: TypeAlias = Mapping[int, Sequence[int]]
 
 # Rooms whose import brings edits of their own; entered only when an op is not known yet.
 _ROOMS_WITH_EDITS = ("lightning_opt.pruning", "lightning_opt.quantization")
@@ -38,6 +40,22 @@ class Edit(ABC):
         Raises:
             ValueError: The edit does not fit the model.
         """
+
+    def cuts(self, model: nn.Module) -> dict[Tensor, Dims]:
+        """Return which dims of which tensors of `model` the edit cuts, and to which indices; change nothing.
+
+        Raises:
+            ValueError: The edit does not fit the model.
+        """
+        return {}
+
+    def under(self, path: str) -> "Edit":
+        """Return the same edit for a model that holds this one as its submodule `path`.
+
+        Raises:
+            ValueError: This kind of edit is of whole models only.
+        """
+        raise ValueError(f"op {self.op!r} cannot be moved into a larger model")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the edit as plain values: op, version and fields."""

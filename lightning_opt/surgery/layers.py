@@ -46,6 +46,9 @@ class DropLayers(Edit):
         stack._modules = OrderedDict(zip(new_names, (layers[i] for i in self.kept), strict=True))
         return model
 
+    def under(self, path: str) -> "DropLayers":
+        return DropLayers(f"{path}.{self.path}".rstrip("."), self.kept)
+
     def _stack(self, model: nn.Module) -> nn.Module:
         try:
             stack = model.get_submodule(self.path)

@@ -1,7 +1,7 @@
 """The recipe: how a changed model survives.
 
 A model's shape may differ from what its constructor builds. The recipe is the ordered list of edits that led there, as
-plain JSON, and `replay` gives a fresh model the same structure before weights are loaded.
+plain JSON, and `replay` (in `model_recipe`) gives a fresh model the same structure before weights are loaded.
 """
 
 import json
@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from lightning_opt.errors import UntrustedInputError
 from lightning_opt.surgery.edits import Edit, edit_from_dict
@@ -80,20 +78,6 @@ class Recipe:
 
     def __hash__(self) -> int:
         return hash(self.to_json())
-
-
-def replay(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Apply the edits of `recipe` to a fresh `model`, in place and in order, and return it.
-
-    Raises:
-        ValueError: An edit does not fit the model; the message holds its number, from 0.
-    """
-    for place, edit in enumerate(recipe):
-        try:
-            model = edit.apply(model)
-        except ValueError as error:
-            raise ValueError(f"edit {place} ({edit.op}) of the recipe does not fit the model: {error}") from error
-    return model
 
 
 def _as_edit(edit: Edit | Mapping[str, Any]) -> Edit:

@@ -64,6 +64,27 @@ def test_best_is_the_first_best_finite_value(tmp_path, mode, values, best):
     assert saver.best_model_path == str(tmp_path / "best.ckpt")
 
 
+class SettlesAfter(pl.Callback):
+    """Stands for a callback that changes the model until a step."""
+
+    def __init__(self, step):
+        self.step, self.is_settled = step, False
+
+    def on_train_batch_end(self, trainer, *_):
+        self.is_settled = trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize(
+    ("step", "best"),
+    [(0, 0), (STEPS, 0), (STEPS + 1, 1), (2 * STEPS, 1), (2 * STEPS + 1, 3), (3 * STEPS + 1, 3), (4 * STEPS + 1, None)],
+)
+def test_a_model_that_is_still_being_changed_is_never_best(tmp_path, step, best):
+    values = [0.9, 0.5, 0.1, 0.3]
+    saver = train(tmp_path, values, callbacks=[functools.partial(SettlesAfter, step)])
+    assert saver.best_value == (None if best is None else pytest.approx(values[best]))
+    assert saver.best_step == (None if best is None else STEPS * (best + 1))
+
+
 def test_nothing_is_best_if_nothing_is_finite(tmp_path):
     saver = train(tmp_path, [NAN, NAN])
     assert (saver.best_path, saver.best_value) == ("", None)

@@ -52,9 +52,7 @@ def test_refused_before_anything_heavy_is_imported(words, says, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["model._target_=lightning_opt.models.ConvNet", "model.widths=[]"], "widths"),
         (["task.num_outputs=7"], "task.num_outputs=7"),
-        (["trainer.accelerator=gpu"], "trainer"),
         (
             [
                 "+experiment=distill",
@@ -68,6 +66,36 @@ def test_refused_before_anything_heavy_is_imported(words, says, tmp_path):
 )
 def test_refused_by_the_classes_themselves(words, says, tmp_path):
     assert_refused(run(*words, cwd=tmp_path), tmp_path, says)
+
+
+@pytest.mark.parametrize(
+    ("words", "says", "imported"),
+    [
+        (["model._target_=lightning_opt.models.ConvNet", "model.widths=[]"], "widths", []),
+        (["+experiment=distill", "+loss.terms.kd.loss.standardize=3"], "standardize", []),
+        (["trainer.accelerator=cuda"], "trainer.accelerator=cuda", []),
+        (["+trainer.gradient_clip_algorithm=abc"], "abc", ["lightning", "torchmetrics"]),
+    ],
+)
+def test_refusal_waits_for_no_import_that_it_does_not_need(words, says, imported, tmp_path):
+    """Lightning takes longer to import than all the rest together; a model's or a loss's own refusal needs none."""
+    code = (
+        "import sys, lightning_opt.cli.train as train\n"
+        f"code = train.main({words!r})\n"
+        "print(code, [name for name in ('lightning', 'torchmetrics') if name in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert out.stdout.strip() == f"2 {imported}", out.stdout + out.stderr
+    assert says in out.stderr
+    assert len(out.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_names_every_group_and_runs_nothing(tmp_path):

@@ -5,8 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_opt.cli import teachers
-from lightning_opt.cli.teachers import find_cache, find_teachers, initialiser, teacher_config, teacher_key
-from lightning_opt.config.build import build_data, build_model, build_task
+from lightning_opt.cli.start import starter
+from lightning_opt.cli.teachers import find_cache, find_teachers, teacher_config, teacher_key
+from lightning_opt.config.build import build_model, build_task
+from lightning_opt.config.build_fit import build_data
 from lightning_opt.config.checks import check
 from lightning_opt.config.compose import compose_config, plain, read_command_line
 from lightning_opt.errors import ConfigError
@@ -126,6 +128,6 @@ def test_a_students_layers_start_from_the_teachers(config):
     values = config("model.widths=[4]", "model.stride=1", "teacher.init_student={stages: stages}")
     found = find_teachers(values)
     student = build_model(values["model"])
-    initialiser(values, found.teachers)(student)
+    starter(values, found.teachers)(student)
     for name, value in student.stages.state_dict().items():
         assert torch.equal(value, found.teachers[0].model.stages.state_dict()[name])

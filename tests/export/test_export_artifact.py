@@ -14,7 +14,7 @@ from torch import nn
 import lightning_opt
 from lightning_opt.errors import ConfigError, StorageError, UntrustedInputError
 from lightning_opt.export import add_to_manifest, load, save_artifact, verify_artifact
-from lightning_opt.surgery import DropLayers, Recipe, replay
+from lightning_opt.surgery import DropLayers, Recipe, Shrink, recipe_of, record, replay
 
 FILES = ("architecture.json", "manifest.json", "model.safetensors", "recipe.json")
 
@@ -75,13 +75,96 @@ def test_the_round_trip_is_bit_equal(tmp_path, model):
 def test_a_recipe_is_replayed_before_the_weights_are_loaded(tmp_path, model):
     recipe = Recipe([DropLayers(path="blocks", kept=(0, 3))])
     replay(model, recipe)
-    save_artifact(tmp_path, model, architecture=ARCHITECTURE, recipe=recipe)
-    loaded = load(tmp_path, trusted_targets=[NAME])
-    assert len(loaded.blocks) == 2
-    assert same_state(loaded, model)
-    save_artifact(tmp_path, model, architecture=ARCHITECTURE)
+    for given in (recipe, None):  # the model carries it
+        save_artifact(tmp_path, model, architecture=ARCHITECTURE, recipe=given)
+        loaded = load(tmp_path, trusted_targets=[NAME])
+        assert len(loaded.blocks) == 2
+        assert same_state(loaded, model)
+        assert recipe_of(loaded) == recipe
+    save_artifact(tmp_path, model, architecture=ARCHITECTURE, recipe=Recipe())
     with pytest.raises(StorageError, match=r"blocks\.2"):  # without the recipe the weights do not fit
         load(tmp_path, trusted_targets=[NAME])
+
+
+class Holder(nn.Module):
+    """Has the network as a child that was changed by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Stack()
+
+    def forward(self, ids):
+        return self.net(ids)
+
+
+def test_what_was_done_to_a_child_comes_back_too(tmp_path):
+    torch.manual_seed(0)
+    holder = Holder()
+    first, second = DropLayers(path="blocks", kept=(1, 2)), Shrink({"counts": {0: [0, 2]}})
+    for edit in (first, second):
+        edit.apply(holder.net)
+        record(holder.net, edit)
+    name = f"{__name__}.Holder"
+    save_artifact(tmp_path, holder, architecture={"_target_": name})
+    loaded = load(tmp_path, trusted_targets=[name])
+    assert same_state(loaded, holder)
+    edits = json.loads((tmp_path / "recipe.json").read_text())
+    assert [edit.get("path", list(edit.get("kept", []))) for edit in edits] == ["net.blocks", ["net.counts"]]
+
+
+FRESH = """
+import sys, torch, lightning_opt
+loaded = lightning_opt.load(sys.argv[1])
+inputs = torch.load(sys.argv[2], weights_only=True)
+answer = loaded(**inputs) if isinstance(inputs, dict) else loaded(inputs)
+torch.save(answer.detach(), sys.argv[3])
+"""
+
+
+def answer_of_a_fresh_process(folder, inputs):
+    torch.save(inputs, folder / "inputs.pt")
+    command = [sys.executable, "-c", FRESH, str(folder), str(folder / "inputs.pt"), str(folder / "answer.pt")]
+    subprocess.run(command, check=True, timeout=120)
+    return torch.load(folder / "answer.pt", weights_only=True)
+
+
+def test_a_shrunk_network_is_loaded_by_a_fresh_process(tmp_path):
+    from lightning_opt.models import ConvNet
+    from lightning_opt.pruning.structured import shrink
+
+    torch.manual_seed(0)
+    arguments = {"num_outputs": 3, "in_channels": 1, "widths": [8, 8], "convs_per_width": 1}
+    net = ConvNet(**arguments)
+    before, x = sum(p.numel() for p in net.parameters()), torch.randn(2, 1, 8, 8)
+    net(x)  # moves the running statistics
+    shrink(net, x, ratio=0.5)
+    assert sum(p.numel() for p in net.parameters()) < 0.5 * before
+    save_artifact(tmp_path, net, architecture={"_target_": "lightning_opt.models.ConvNet", **arguments})
+    assert torch.equal(answer_of_a_fresh_process(tmp_path, x), net.eval()(x))
+
+
+def test_a_shrunk_hugging_face_model_needs_neither_its_source_nor_its_new_configuration(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from lightning_opt.models import encoder_classifier
+    from lightning_opt.pruning.depth import keep_layers
+    from lightning_opt.pruning.hugging_face import update_config
+    from lightning_opt.pruning.structured import shrink
+
+    settings = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8
+    )
+    transformers.AutoModel.from_config(settings).save_pretrained(tmp_path / "source")
+    arguments = {"source": str(tmp_path / "source"), "num_outputs": 2, "config": None}
+    net = encoder_classifier(**arguments)
+    ids = {"input_ids": torch.randint(0, 20, (2, 6))}
+    shrink(net, ids, ratio=0.5, kinds=["hidden"])
+    replay(net, keep_layers(net, [0, 2]))
+    assert update_config(net)
+    assert (net.backbone.config.num_hidden_layers, net.backbone.config.intermediate_size) == (2, 4)
+    target = {"_target_": "lightning_opt.models.encoder_classifier"}
+    save_artifact(tmp_path / "a", net, architecture={**target, **arguments})
+    shutil.rmtree(tmp_path / "source")
+    assert torch.equal(answer_of_a_fresh_process(tmp_path / "a", ids), net.eval()(**ids))
 
 
 def test_a_model_of_another_dtype_comes_back_in_it(tmp_path, model):

@@ -30,6 +30,8 @@ ENCODERS = [f"{key}.{value}" for key in ("model", "teacher.model") for value in 
 SMALL = {
     "distill": DIGITS,
     "supervised": ["data=digits", "model=cnn_small", "model.widths=[4]"],
+    "prune": ["data=digits", "model.image_size=8", "model.widths=[8,16]"],
+    "prune_structured": ["data=digits", "model.image_size=8", "model.widths=[16,16]", "model.hidden=16"],
     "distill_text": [
         *TOKENS,
         *ENCODERS,
@@ -57,8 +59,8 @@ def test_experiment_trains_a_few_steps(name, tmp_path):
     assert out.returncode == 0, out.stderr
     record = read_record(tmp_path / "run")
     assert record["status"] == "finished"
-    wanted = {"student"} if name == "supervised" else {"teacher", "baseline", "student"}
-    assert set(record["models"]) == wanted
+    wanted = {"supervised": {"student"}, "prune": {"baseline", "student"}, "prune_structured": {"baseline", "student"}}
+    assert set(record["models"]) == wanted.get(name, {"teacher", "baseline", "student"})
     with (tmp_path / "run" / "metrics.csv").open() as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert len(losses) >= 8

@@ -7,6 +7,7 @@ is started for real: see `run`.
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,10 +30,19 @@ class Ended:
 class Started:
     """A running command; its words go to `train` unless they begin with another command's name."""
 
-    def __init__(self, words: list[str], *, cwd: Path, cache: Path, limits: dict[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        words: list[str],
+        *,
+        cwd: Path,
+        cache: Path,
+        limits: dict[int, int] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         words = [str(word) for word in words]
         self._outputs = [cwd / f".{name}-{time.monotonic_ns()}" for name in ("out", "err")]
-        arguments = (words, str(cwd), _environment(cache), [str(path) for path in self._outputs], limits or {})
+        variables = {**_environment(cache), **(environment or {})}
+        arguments = (words, str(cwd), variables, [str(path) for path in self._outputs], limits or {})
         self.process = _context.Process(target=_command, args=arguments)
         self.process.start()
 
@@ -52,6 +62,44 @@ class Started:
         for path in self._outputs:
             path.unlink(missing_ok=True)
         return Ended(self.process.exitcode, stdout, stderr)
+
+
+class Ranks:
+    """A command as the workers of one `torchrun`: its environment and its store, without its start-up."""
+
+    def __init__(self, words: list[str], *, cwd: Path, cache: Path, count: int = 2, **environment: str) -> None:
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "GROUP_RANK": "0",
+            "TORCHELASTIC_RUN_ID": "none",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "0",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            **environment,
+        }
+        # Without the launcher's store rank 0 keeps one itself, at the same port.
+        self._store = store if shared["TORCHELASTIC_USE_AGENT_STORE"] == "True" else None
+        del store
+        each = [{**shared, "RANK": str(number), "LOCAL_RANK": str(number)} for number in range(count)]
+        self.ranks = [Started(words, cwd=cwd, cache=cache, environment=variables) for variables in each]
+
+    @property
+    def is_running(self) -> bool:
+        return all(rank.is_running for rank in self.ranks)
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            if rank.is_running:
+                rank.signal(signal.SIGKILL)
+
+    def end(self) -> list[Ended]:
+        return [rank.end() for rank in self.ranks]
 
 
 def warm(*words, cwd: Path, cache: Path, limits: dict[int, int] | None = None) -> Ended:

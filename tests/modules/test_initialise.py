@@ -51,6 +51,18 @@ def test_only_what_is_named_changes_and_nothing_is_shared(teacher):
     assert teacher.layer[4][0].weight.abs().sum() > 0
 
 
+def test_an_empty_prefix_is_the_whole_model(teacher):
+    student = Encoder(6)
+    assert set(initialise_from_teacher(student, teacher, {"": ""})) == set(student.state_dict())
+    assert all(torch.equal(teacher.state_dict()[key], value) for key, value in student.state_dict().items())
+    layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    initialise_from_teacher(layer, teacher, {"": "layer.3"})
+    assert torch.equal(layer[0].weight, teacher.layer[3][0].weight)
+    other = nn.ModuleDict({"inner": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))})
+    initialise_from_teacher(other, layer, {"inner": ""})
+    assert torch.equal(other["inner"][0].weight, layer[0].weight)
+
+
 def test_layer_1_does_not_take_layer_10():
     student, teacher = Encoder(2), changed(Encoder(12))
     names = initialise_from_teacher(student, teacher, {"layer.1": "layer.1"})

@@ -172,7 +172,7 @@ def test_ensemble_averages_probabilities_and_numbers():
     x, _ = next(iter(loader()))
     mean = (first(x).softmax(-1) + second(x).softmax(-1)) / 2
     torch.testing.assert_close(Ensemble([first, second])(x).softmax(-1), mean)
-    from lightning_opt.modules.distillation import mix_of
+    from lightning_opt.modules.matching import mix_of
 
     numbers = Ensemble([first, second], mix=mix_of(Regression(num_outputs=3)))(x)
     torch.testing.assert_close(numbers, (first(x) + second(x)) / 2)

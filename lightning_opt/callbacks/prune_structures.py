@@ -1,0 +1,255 @@
+"""Which channels, heads and hidden units a pruner masks, and how they leave the model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_opt.callbacks.prune_neighbours import averages
+from lightning_opt.callbacks.prune_target import check_names, matches
+from lightning_opt.errors import ConfigError
+from lightning_opt.forward import Inputs, map_inputs
+from lightning_opt.modules.taps import match_modules
+from lightning_opt.pruning.criteria import Criterion, GroupCriterion, Magnitude
+from lightning_opt.pruning.masks import Masks
+from lightning_opt.pruning.statistics import Statistics
+from lightning_opt.pruning.structure import Group, trace
+from lightning_opt.pruning.structured import Of, Structures, choose, score
+from lightning_opt.surgery import Edit, apply_with_optimizers, recipe_of
+
+_INPUT = ":in"
+
+
+class StructurePlan:
+    """Masks over whole structures of a network, and the edit that removes them.
+
+    Args:
+        root: The network.
+        example_inputs: To trace it with.
+        pattern: Which structures, to which widths.
+        criterion: Scores structures, or weights that are summed over each.
+        allocation: "uniform", "global", or an object that gives each group its size.
+        of: What the sparsity is a share of.
+        sparsity: The share that goes in the end.
+        include: Names of groups, or of tensors or modules that they run through.
+        exclude: Likewise, of those that stay.
+        taps: Names of modules whose answers are compared with something of a fixed width: they keep theirs.
+        seed: For criteria that draw.
+
+    Raises:
+        ConfigError: The network cannot be traced, nothing is left to prune, or the sparsity would empty something.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        *,
+        example_inputs: Inputs,
+        pattern: Structures,
+        criterion: Criterion | GroupCriterion,
+        allocation: Any,
+        of: Of,
+        sparsity: float,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        taps: Sequence[str],
+        seed: int,
+    ) -> None:
+        self.root, self.pattern, self.criterion, self.allocation, self.of = root, pattern, criterion, allocation, of
+        self.sparsity, self.include, self.exclude, self.taps, self.seed = sparsity, include, exclude, taps, seed
+        self.example_inputs = example_inputs
+        self.total = sum(parameter.numel() for parameter in root.parameters())
+        self.kept: dict[str, list[int]] = {}
+        self._fraction = 0.0
+        self._look()
+        self._try()
+
+    def _look(self) -> None:
+        """Trace the network as it is now."""
+        self._edits = len(recipe_of(self.root))
+        inputs = map_inputs(self.example_inputs, partial(_like, next(self.root.parameters())))
+        with _uncompiled(self.root), _answering_with(self.root, self.taps):
+            self.structure = trace(self.root, inputs)
+        try:
+            groups = self.pattern.of(self.structure)
+        except ValueError as error:
+            raise ConfigError(f"pattern={self.pattern}: {error}") from error
+        names = [name for group in groups for name in _names_of(group)]
+        check_names("include", self.include, names)
+        check_names("exclude", self.exclude, names)
+        self.groups = tuple(g for g in groups if self._is_meant(g))
+        if not self.groups:
+            raise ConfigError(
+                f"include={list(self.include)!r}, exclude={list(self.exclude)!r}: none of "
+                f"{', '.join(g.name for g in groups)} is left to prune"
+            )
+        members = {m.tensor for group in self.groups for m in group.members if m.is_parameter}
+        self.parameters = {name: p for name, p in self.root.named_parameters() if name in members}
+        self.statistics = Statistics.of(self.root, self.parameters, self.criterion)
+
+    def _is_meant(self, group: Group) -> bool:
+        names = _names_of(group)
+        return any(matches(name, self.include) for name in names) and not any(matches(n, self.exclude) for n in names)
+
+    def _try(self) -> None:
+        """Refuse before training what could not be done at its end."""
+        try:
+            kept = self._choose(score(self.structure, self.groups, self.root, Magnitude(p=2)), self.sparsity)
+            self.structure.edit(kept)
+        except ValueError as error:
+            raise ConfigError(f"sparsity={self.sparsity}: {error}") from error
+        if not kept:
+            raise ConfigError(
+                f"pattern={self.pattern}, sparsity={self.sparsity}: nothing would go, with widths of "
+                f"{', '.join(str(group.size) for group in self.groups[:8])} in steps of {self.pattern.round_to}; lower "
+                "round_to or raise sparsity"
+            )
+
+    def _choose(self, scores: Mapping[str, Tensor], ratio: float) -> dict[str, list[int]]:
+        return choose(self.structure, scores, ratio=ratio, of=self.of, pattern=self.pattern, allocation=self.allocation)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Name the evidence that `choose` reads."""
+        return self.criterion.needs
+
+    @torch.no_grad()
+    def choose(self, fraction: float) -> dict[str, Tensor]:
+        """Return the bool masks at a fraction of the final sparsity; the first process decides for all."""
+        scores = score(self.structure, self.groups, self.root, self.criterion, self.statistics, seed=self.seed)
+        kept = self._choose(scores, fraction * self.sparsity)
+        self.kept, self._fraction = first_decides(kept), fraction
+        found = self.structure.masks(self.kept)
+        every = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in self.parameters.items()}
+        return {name: found.get(name, mask) for name, mask in every.items()}
+
+    def exchange(self, masks: Masks, *, progress: float, update: int) -> dict[str, Tensor] | None:
+        """Exchange nothing: a structure whose weights are all zero gets no gradient."""
+        return None
+
+    def shrink(self, trainer: "pl.Trainer") -> Edit | None:
+        """Remove what is masked from the network, the optimizers and the averages; return what was done.
+
+        Raises:
+            ConfigError: An optimizer's state cannot be cut; nothing has been changed.
+        """
+        if not self.kept:
+            return None
+        edit = self.structure.edit(self.kept)
+        with _unwrapped(trainer):
+            apply_with_optimizers(self.root, edit, trainer.optimizers, also=averages(trainer))
+        return edit
+
+    def retire(self) -> None:
+        """Mask nothing more: what was masked is gone."""
+        self.parameters, self.kept = {}, {}
+        self.statistics = Statistics(self.root, (), ())
+
+    def refresh(self) -> None:
+        """Trace anew if the network has changed since: a checkpoint's recipe was replayed."""
+        if len(recipe_of(self.root)) != self._edits:
+            self._look()
+
+    def follow(self) -> None:
+        """Take up the new shapes after another pruner has removed structures."""
+        self._look()
+        if self.kept:
+            self.choose(self._fraction)
+
+    def remaining(self, masks: Masks) -> int:
+        """Return how many parameters of the network are neither gone nor masked."""
+        masked = sum(p.numel() * masks.per_layer().get(name, 0.0) for name, p in self.parameters.items())
+        return sum(parameter.numel() for parameter in self.root.parameters()) - round(masked)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which units stay."""
+        kept = {name: torch.tensor(units, dtype=torch.int32) for name, units in self.kept.items()}
+        return {"kept": kept, "fraction": self._fraction, "total": self.total}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self.kept = {name: units.tolist() for name, units in state["kept"].items()}
+        self._fraction, self.total = state["fraction"], state["total"]
+
+
+def first_decides(value: Any) -> Any:
+    """Return the first process's value on all of them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _like(parameter: Tensor, value: Any) -> Any:
+    """Bring an input to where, and to what, the network computes: under "bf16-true" batches are converted, too."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
+
+
+def _names_of(group: Group) -> list[str]:
+    return [group.name, *(member.tensor for member in group.members)]
+
+
+@contextmanager
+def _unwrapped(trainer: "pl.Trainer") -> Iterator[None]:
+    """Take DDP's wrapper away, whose buckets have the old shapes, and make a new one afterwards."""
+    strategy: Any = trainer.strategy
+    wrapped = isinstance(strategy.model, DistributedDataParallel)
+    if wrapped:
+        strategy.model = strategy.model.module
+    yield
+    if wrapped:
+        strategy.configure_ddp()
+
+
+@contextmanager
+def _uncompiled(root: nn.Module) -> Iterator[None]:
+    """Let modules that were compiled in place run as they are written."""
+    compiled = [(m, m._compiled_call_impl) for m in root.modules() if m._compiled_call_impl is not None]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, implementation in compiled:
+            module._compiled_call_impl = implementation
+
+
+@contextmanager
+def _answering_with(root: nn.Module, taps: Sequence[str]) -> Iterator[None]:
+    """Let the network answer with its tapped features too: their axes then count as outputs, which keep their size."""
+    if not taps:
+        yield
+        return
+    features: list[Any] = []
+    modules = dict(root.named_modules())
+    handles = []
+    for name in match_modules(root, taps):
+        module = modules[name.removesuffix(_INPUT)]
+        if name.endswith(_INPUT):
+            handles.append(module.register_forward_pre_hook(lambda _, args: features.append(args)))
+        else:
+            handles.append(module.register_forward_hook(lambda _, args, answer: features.append(answer)))
+    forward, had_own = root.forward, "forward" in vars(root)
+
+    def answer_all(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        features.clear()
+        return (forward(*args, **kwargs), *features)
+
+    root.forward = answer_all
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if had_own:
+            root.forward = forward
+        else:
+            del root.forward

@@ -1,0 +1,214 @@
+"""What a pruner works on: the network inside a LightningModule, its weights, and an example of its inputs."""
+
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_opt.errors import ConfigError
+from lightning_opt.forward import Inputs, map_inputs
+from lightning_opt.modules import Distillation, TaskModule
+from lightning_opt.modules.taps import near_names
+from lightning_opt.pruning.patterns import Pattern, inputs_first
+
+_EVERYTHING = ("*",)
+_LOOKUP_TABLES = (nn.Embedding, nn.EmbeddingBag)
+_EXAMPLES = 2  # a batch of one would let a tracer take its size for a constant
+
+
+def refuse_strategy(trainer: "pl.Trainer", *, shrinks: bool) -> None:
+    """Refuse strategies that hold a part of each weight on each device.
+
+    Args:
+        trainer: Has the strategy.
+        shrinks: Whether weights are going to change their shape. Where processes are forked or spawned, Lightning hands
+            weights back to a model that nobody has told of that.
+
+    Raises:
+        ConfigError: Naming the strategy.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ConfigError(
+            f"strategy={type(strategy).__name__}: pruning needs whole weights on each device; use strategy=ddp or one "
+            "device"
+        )
+    if shrinks and isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise ConfigError(
+            f"strategy=ddp_{strategy.launcher._start_method}: its processes cannot hand a smaller model back; use "
+            "strategy=ddp, or one device"
+        )
+
+
+def find_root(pl_module: "pl.LightningModule", module: str | None) -> tuple[str, nn.Module]:
+    """Return the name and the network that is pruned.
+
+    Without a name it is `pl_module.model` where there is one, else the only child that has parameters, else the
+    LightningModule itself. What `torch.compile` wrapped is unwrapped: names are those of the network inside.
+
+    Raises:
+        ConfigError: The name is no submodule; the message lists near names.
+    """
+    name = _guess(pl_module) if module is None else module
+    try:
+        root = pl_module.get_submodule(name)
+    except AttributeError as error:
+        names = [one for one, _ in pl_module.named_modules() if one]
+        raise ConfigError(
+            f"module={module!r} is no part of {type(pl_module).__name__}; near names: "
+            f"{', '.join(near_names(name, names)) or 'none'}"
+        ) from error
+    inner = getattr(root, "_orig_mod", root)
+    return name, inner if isinstance(inner, nn.Module) else root
+
+
+def _guess(pl_module: "pl.LightningModule") -> str:
+    if isinstance(getattr(pl_module, "model", None), nn.Module):
+        return "model"
+    owners = [name for name, child in pl_module.named_children() if any(True for _ in child.parameters())]
+    return owners[0] if len(owners) == 1 and not list(pl_module.parameters(recurse=False)) else ""
+
+
+def choose_weights(
+    root: nn.Module, *, pattern: Pattern, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """Return the weights that a pattern can prune, by name: trained ones with two dimensions or more.
+
+    Left to itself (`include=("*",)`) it takes weights of layers, but neither lookup tables nor single parameters such
+    as position embeddings; patterns that name those take them too.
+
+    Args:
+        root: The network.
+        pattern: Must fit each of them.
+        include: Names of weights or of the modules around them; `*` stands for anything, dots too.
+        exclude: Likewise, of what stays dense.
+
+    Raises:
+        ConfigError: A name matches nothing (near names are listed), nothing is left, or the pattern does not fit.
+    """
+    weights = {n: p for n, p in root.named_parameters() if p.dim() >= 2 and p.requires_grad}
+    check_names("include", include, list(weights))
+    check_names("exclude", exclude, list(weights))
+    everything = tuple(include) == _EVERYTHING
+    skipped = _no_layer_weights(root) if everything else set()
+    chosen = {
+        name: weight
+        for name, weight in weights.items()
+        if name not in skipped and matches(name, include) and not matches(name, exclude)
+    }
+    if not chosen:
+        raise ConfigError(
+            f"include={list(include)!r}, exclude={list(exclude)!r}: no weight of {type(root).__name__} is left to "
+            f"prune; it has {', '.join(list(weights)[:5]) or 'none'}"
+        )
+    return _fitting(chosen, pattern, turned=inputs_first(root), skip_narrow=everything)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether any pattern fits a weight's name or that of a module around it."""
+    parts = name.split(".")
+    around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(fnmatchcase(one, pattern) for pattern in patterns for one in around)
+
+
+def check_names(argument: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a pattern that fits no name.
+
+    Raises:
+        ConfigError: Naming the argument and the pattern, with near names.
+    """
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            raise ConfigError(
+                f"{argument}={pattern!r} matches none of what can be pruned; near names: "
+                f"{', '.join(near_names(pattern, names)) or 'none'}"
+            )
+
+
+def _no_layer_weights(root: nn.Module) -> set[str]:
+    """Return the names of lookup tables and of parameters that are no layer's weight."""
+    tables = {id(m.weight) for m in root.modules() if isinstance(m, _LOOKUP_TABLES)}
+    return {n for n, p in root.named_parameters() if id(p) in tables or "weight" not in n.rpartition(".")[2]}
+
+
+def _fitting(
+    weights: Mapping[str, nn.Parameter], pattern: Pattern, *, turned: Collection[str], skip_narrow: bool
+) -> dict[str, nn.Parameter]:
+    """Return the weights that a pattern fits; those with fewer inputs than one of its units stay dense.
+
+    Raises:
+        ConfigError: The pattern does not fit a weight, or none.
+    """
+    fitting, narrow = {}, []
+    unit = int(getattr(pattern, "m", getattr(pattern, "cols", 1)))
+    for name, weight in weights.items():
+        if skip_narrow and weight.shape[1] < unit:
+            narrow.append(name)
+            continue
+        shape = weight.shape
+        if name in turned:
+            shape = torch.Size([shape[1], shape[0], *shape[2:]])
+        try:
+            pattern.check(name, shape)
+        except ValueError as error:
+            raise ConfigError(f"pattern={pattern}: {error}; leave it dense with exclude=[{name}]") from error
+        fitting[name] = weight
+    if not fitting:
+        raise ConfigError(
+            f"pattern={pattern}: all of {', '.join(narrow[:5])} have fewer than {unit} inputs; choose another pattern"
+        )
+    if narrow:
+        rank_zero_info(f"pattern={pattern}: {', '.join(narrow)} stay dense, with fewer than {unit} inputs")
+    return fitting
+
+
+def example_of(trainer: "pl.Trainer", pl_module: "pl.LightningModule", given: Inputs | None) -> Inputs:
+    """Return inputs of the pruned network on which it can be traced, on the CPU's or the module's device.
+
+    They are what the callback was given, else what the data module, the LightningModule or the first training batch
+    has. No random state moves.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if given is not None:
+        found: Any = given
+    elif datamodule is not None and hasattr(datamodule, "example_inputs"):
+        found = datamodule.example_inputs(_EXAMPLES)
+    elif getattr(pl_module, "example_input_array", None) is not None:
+        found = pl_module.example_input_array
+    else:
+        found = _first_inputs(trainer, pl_module)
+    return map_inputs(found, lambda value: value.to(pl_module.device) if isinstance(value, Tensor) else value)
+
+
+def _first_inputs(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Inputs:
+    with torch.random.fork_rng(devices=[]):
+        batch = next(iter(trainer.fit_loop._data_source.dataloader()))
+    if isinstance(pl_module, TaskModule):
+        inputs: Any = pl_module.task.read(batch).inputs
+    elif isinstance(batch, Mapping):
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "label", "index")}
+    else:
+        inputs = batch[0] if isinstance(batch, tuple | list) else batch
+    try:
+        return map_inputs(inputs, lambda value: value[:_EXAMPLES])
+    except TypeError as error:
+        raise ConfigError(
+            f"example_inputs is not given, and a training batch ({type(batch).__name__}) does not say which part of it "
+            "the network takes: Prune(..., example_inputs=...)"
+        ) from error
+
+
+def taps_of(pl_module: "pl.LightningModule") -> list[str]:
+    """Return the names of the modules of the network whose answers a loss compares with a teacher's."""
+    if not isinstance(pl_module, Distillation):
+        return []
+    return list(dict.fromkeys(pattern for term in pl_module._each_term() for pattern in term.loss.student_taps))

@@ -1,0 +1,169 @@
+"""Which single weights, n:m groups, blocks, rows or columns a pruner masks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_opt.callbacks.prune_target import choose_weights
+from lightning_opt.errors import ConfigError
+from lightning_opt.pruning.allocation import Allocation
+from lightning_opt.pruning.criteria import Criterion
+from lightning_opt.pruning.masks import Masks
+from lightning_opt.pruning.oneshot import _prune as prune_weight
+from lightning_opt.pruning.patterns import Pattern, inputs_first
+from lightning_opt.pruning.regrow import Regrow
+from lightning_opt.pruning.selection import select
+from lightning_opt.pruning.solvers import SlabChooser, SparseGPT
+from lightning_opt.pruning.statistics import Statistics
+from lightning_opt.surgery import Edit
+
+
+class WeightPlan:
+    """Masks over the weights of a network.
+
+    Args:
+        root: The network.
+        pattern: The units that are kept or removed.
+        criterion: Scores each weight.
+        allocation: Shares the sparsity among the tensors.
+        sparsity: In the end, of the named weights as they were at the start.
+        regrow: Exchanges weights while the sparsity stands still.
+        solver: Rewrites the weights that stay; it then chooses them as well, and each layer loses the same share.
+        include: Names of weights, see `choose_weights`.
+        exclude: Likewise.
+        seed: For criteria that draw.
+
+    Raises:
+        ConfigError: Names match nothing, or the pattern does not fit a weight.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        *,
+        pattern: Pattern,
+        criterion: Criterion,
+        allocation: Allocation,
+        sparsity: float,
+        regrow: Regrow | None,
+        solver: SparseGPT | None,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        seed: int,
+    ) -> None:
+        self.root, self.pattern, self.criterion, self.allocation = root, pattern, criterion, allocation
+        self.sparsity, self.regrow, self.solver, self.seed = sparsity, regrow, solver, seed
+        self.parameters = choose_weights(root, pattern=pattern, include=include, exclude=exclude)
+        self.total = sum(weight.numel() for weight in self.parameters.values())
+        self._turned = inputs_first(root).intersection(self.parameters)
+        self._observe()
+        self._try()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Name the evidence that `choose` reads."""
+        return (self.solver or self.criterion).needs
+
+    def _observe(self) -> None:
+        self.statistics = Statistics.of(self.root, self.parameters, self.criterion)
+        needs = self.needs | (self.regrow.needs if self.regrow is not None else frozenset())
+        if needs != self.statistics.needs:
+            self.statistics = Statistics(self.root, self.parameters, needs, pull=self.statistics.pull)
+
+    def _try(self) -> None:
+        """Refuse before training what could not be done at its end."""
+        try:
+            self._select({name: weight.detach().abs() for name, weight in self.parameters.items()}, 1.0)
+        except ValueError as error:
+            raise ConfigError(f"sparsity={self.sparsity}, allocation={self.allocation}: {error}") from error
+
+    @torch.no_grad()
+    def choose(self, fraction: float) -> dict[str, Tensor]:
+        """Return the bool masks at a fraction of the final sparsity; a solver also rewrites the weights.
+
+        Every process must call it at the same time: the first one's choice counts.
+        """
+        if self.solver is not None and fraction > 0.0:
+            return self._solve(fraction)
+        scores = {
+            name: self.criterion.score(weight.detach(), self.statistics.evidence(name, self.seed))
+            for name, weight in self.parameters.items()
+        }
+        return agree(self._select(scores, fraction))
+
+    def _select(self, scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+        return select(
+            scores,
+            pattern=self.pattern,
+            allocation=self.allocation,
+            sparsity=self.sparsity,
+            fraction=fraction,
+            inputs_first=self._turned,
+        )
+
+    def exchange(self, masks: Masks, *, progress: float, update: int) -> dict[str, Tensor] | None:
+        """Return masks of the same sparsity in which some weights have changed places; None without a `regrow`."""
+        if self.regrow is None:
+            return None
+        gradients = {name: self.statistics.evidence(name).gradient for name in self.parameters}
+        new = self.regrow.swap(
+            masks.as_dict(),
+            self.parameters,
+            {name: gradient for name, gradient in gradients.items() if gradient is not None},
+            progress=progress,
+            pattern=self.pattern,
+            inputs_first=self._turned,
+            seed=self.seed + update,
+        )
+        return agree(new)
+
+    def _solve(self, fraction: float) -> dict[str, Tensor]:
+        assert self.solver is not None
+        chooser = SlabChooser(self.pattern, fraction * self.sparsity)
+        masks = {}
+        for name, weight in self.parameters.items():
+            evidence = self.statistics.evidence(name, self.seed)
+            new, masks[name] = prune_weight(weight.detach(), evidence, self.solver, chooser, "layer")
+            weight.copy_(agree({name: new})[name])
+        return agree(masks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed choice depends on, besides statistics and masks: nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+
+    def follow(self) -> None:
+        """Take up the new shapes after another pruner has removed structures."""
+        self.total = sum(weight.numel() for weight in self.parameters.values())
+        self._observe()
+
+    def refresh(self) -> None:
+        """Take up the shapes of a network to which a checkpoint's recipe was applied."""
+        self.follow()
+
+    def remaining(self, masks: Masks) -> int:
+        """Return how many of the named weights are not masked."""
+        return round((1.0 - masks.sparsity()) * self.total)
+
+    def shrink(self, trainer: "pl.Trainer") -> Edit | None:
+        """Remove nothing: single weights have no place that could be left out."""
+        return None
+
+    def retire(self) -> None:
+        """Keep what is masked."""
+
+
+def agree(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the first process's tensors on all of them; alone, what was given."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or not tensors:
+        return dict(tensors)
+    flat = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in map(Tensor.contiguous, tensors.values())])
+    torch.distributed.broadcast(flat, src=0)
+    parts = flat.split([tensor.numel() * tensor.element_size() for tensor in tensors.values()])
+    pairs = zip(tensors.items(), parts, strict=True)
+    return {name: part.clone().view(tensor.dtype).view(tensor.shape) for (name, tensor), part in pairs}

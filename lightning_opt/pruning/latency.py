@@ -1,0 +1,174 @@
+"""Cut where it saves time: the widths that lose least importance for each millisecond."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_opt.pruning.layer_times import AnalyticTimes, Layer, MeasuredTimes, Times, layers_of, time_in_torch
+from lightning_opt.pruning.structure import Group, Structure
+from lightning_opt.pruning.widths import Sizes, Structures, least_size
+
+__all__ = ["AnalyticTimes", "LatencyAware", "Layer", "MeasuredTimes", "Times", "layers_of", "time_in_torch"]
+
+
+@dataclass(frozen=True)
+class LatencyAware(Sizes):
+    """Greedy: again and again cut where the least importance is lost for each millisecond that is saved.
+
+    With it the ratio is the share of the layers' time that goes. The loss of a group is minus the logarithm of the
+    share of its scores that stays: what passes through the model is a product over its layers, so that half of two
+    layers is cheaper than all but a tenth of one, and scores need not be comparable across groups. In the manner of
+    Shen, Yin, Molchanov, Mao, Liu, Alvarez (2022), "Structural Pruning via Latency-Saliency Knapsack" (HALP), arXiv
+    2210.06659, with a greedy choice in place of their knapsack solver.
+
+    Args:
+        layers: As `layers_of(model, example_inputs)` finds them.
+        times: How long a layer takes at a width.
+        max_ratio: No group loses a larger share of its units than this.
+
+    Raises:
+        ValueError: There is no layer, or `max_ratio` is not in (0, 1].
+    """
+
+    layers: Sequence[Layer]
+    times: Times = field(default_factory=AnalyticTimes)
+    max_ratio: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("layers is empty: the model has no convolution or linear layer whose time is known")
+        if not 0.0 < self.max_ratio <= 1.0:
+            raise ValueError(f"max_ratio must be more than 0 and at most 1, not {self.max_ratio}")
+
+    def sizes(
+        self,
+        structure: Structure,
+        groups: Sequence[Group],
+        scores: Mapping[str, Tensor],
+        *,
+        ratio: float,
+        pattern: Structures,
+    ) -> dict[str, int]:
+        state = _Greedy(self, structure, groups, scores, pattern)
+        goal = (1.0 - ratio) * state.total_ms
+        while state.total_ms > goal * (1 + 1e-12):
+            if not state.cut_once():
+                most = 1.0 - state.total_ms * (1.0 - ratio) / goal
+                raise ValueError(f"ratio={ratio:g} of the time cannot be reached: what may be cut saves {most:.3f}")
+        return state.kept
+
+
+class _Greedy:
+    """The widths so far, and the best next cut of each group."""
+
+    def __init__(
+        self,
+        how: LatencyAware,
+        structure: Structure,
+        groups: Sequence[Group],
+        scores: Mapping[str, Tensor],
+        pattern: Structures,
+    ) -> None:
+        self.how, self.groups = how, {group.name: group for group in groups}
+        self.kept = {group.name: group.size for group in groups}
+        self.lengths = Lengths(groups)
+        self.losses = {group.name: _losses(scores[group.name]) for group in groups}
+        self.step = {group.name: pattern.step(group) for group in groups}
+        self.least = {g.name: least_size(g, pattern, share=1.0 - how.max_ratio) for g in groups}
+        self.touched: dict[str, list[Layer]] = defaultdict(list)
+        for layer in how.layers:
+            for name in self.lengths.groups_of(layer.weight):
+                self.touched[name].append(layer)
+        self.layer_ms = {id(layer): self._ms(layer) for layer in how.layers}
+        self.total_ms = sum(self.layer_ms.values())
+        self.next: dict[str, tuple[float, int] | None] = {name: self._best_cut(name) for name in self.groups}
+
+    def _ms(self, layer: Layer) -> float:
+        outputs = self.lengths.at(layer.weight, layer.out_dim, layer.shape[layer.out_dim], self.kept)
+        inputs = outputs
+        if not layer.is_depthwise:
+            inputs = self.lengths.at(layer.weight, layer.in_dim, layer.shape[layer.in_dim], self.kept)
+        return self.how.times.ms(layer, outputs, inputs)
+
+    def _best_cut(self, name: str) -> tuple[float, int] | None:
+        """Return the least loss per millisecond of all smaller sizes of a group, and that size."""
+        now, size, best = self.kept[name], self.groups[name].size, None
+        before = sum(self.layer_ms[id(layer)] for layer in self.touched[name])
+        start = (now - 1) // self.step[name] * self.step[name]
+        for smaller in range(start, self.least[name] - 1, -self.step[name]):
+            self.kept[name] = smaller
+            saved = before - sum(self._ms(layer) for layer in self.touched[name])
+            lost = self.losses[name][size - smaller] - self.losses[name][size - now]
+            if saved > 0 and (best is None or lost / saved < best[0]):
+                best = (lost / saved, smaller)
+        self.kept[name] = now
+        return best
+
+    def cut_once(self) -> bool:
+        """Make the cheapest cut; False if there is none."""
+        cuts = [(cut[0], name, cut[1]) for name, cut in self.next.items() if cut is not None]
+        if not cuts:
+            return False
+        _, name, smaller = min(cuts)
+        self.kept[name] = smaller
+        for layer in self.touched[name]:
+            self.layer_ms[id(layer)] = self._ms(layer)
+        self.total_ms = sum(self.layer_ms.values())
+        neighbours = {other for layer in self.touched[name] for other in self.lengths.groups_of(layer.weight)}
+        for other in neighbours | {name}:
+            self.next[other] = self._best_cut(other)
+        return True
+
+
+class Lengths:
+    """How long an axis is once some units are gone.
+
+    Units of several groups lie beside each other along an axis (concatenation), or cross (heads and their dims).
+
+    Args:
+        groups: Those that may be cut.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._at: dict[tuple[str, int], list[tuple[Group, Tensor]]] = defaultdict(list)
+        self._names: dict[str, list[str]] = defaultdict(list)
+        for group in groups:
+            for member in group.members:
+                self._at[member.tensor, member.dim].append((group, member.indices))
+                if group.name not in self._names[member.tensor]:
+                    self._names[member.tensor].append(group.name)
+        self._cross = {place: _overlap(parts) for place, parts in self._at.items()}
+
+    def groups_of(self, tensor: str) -> list[str]:
+        """Return the names of the groups that cut a tensor."""
+        return self._names.get(tensor, [])
+
+    def at(self, tensor: str, dim: int, full: int, kept: Mapping[str, int]) -> int:
+        """Return the length of a dim of a tensor, `full` as it is, with `kept` units left of each group."""
+        parts = self._at.get((tensor, dim))
+        if not parts:
+            return full
+        if not self._cross[tensor, dim]:
+            return full - sum((group.size - kept[group.name]) * indices.shape[1] for group, indices in parts)
+        left = float(full)
+        for group, indices in parts:
+            left *= 1.0 - indices.numel() / full * (1.0 - kept[group.name] / group.size)
+        return max(round(left), 1)
+
+
+def _losses(scores: Tensor) -> list[float]:
+    """Return minus the logarithm of the share that is left when 0, 1, ... of the units with the lowest scores go."""
+    rising = scores.double().sort().values
+    rising = rising - rising[0].clamp(max=0.0)  # scores that may be negative are counted from the lowest
+    if rising.sum() <= 0:
+        rising = torch.ones_like(rising)
+    left = 1.0 - torch.cumsum(rising, 0) / rising.sum()
+    return [0.0, *(-left.clamp(min=1e-12).log()).tolist()]
+
+
+def _overlap(parts: Sequence[tuple[Group, Tensor]]) -> bool:
+    together = torch.cat([indices.flatten() for _, indices in parts])
+    return len(together) > len(together.unique())
