@@ -13,7 +13,7 @@ from lightning_opt.callbacks.prune_arguments import What, When
 from lightning_opt.callbacks.prune_neighbours import forget_best_if_settled, hold_early_stopping, restore_averages
 from lightning_opt.callbacks.prune_plan import Plan
 from lightning_opt.callbacks.prune_run import Pruning
-from lightning_opt.callbacks.prune_target import example_of, find_root, refuse_strategy, taps_of
+from lightning_opt.callbacks.prune_target import example_of, find_root, refuse_optimizers, refuse_strategy, taps_of
 from lightning_opt.callbacks.prune_timeline import Length, Timeline
 from lightning_opt.checkpointing.recipe import install
 from lightning_opt.errors import ConfigError
@@ -206,6 +206,8 @@ class Prune(pl.Callback):
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self._plan is not None
+        if self.what.can_shrink:
+            refuse_optimizers(trainer.optimizers)
         loaded, self._loaded = self._loaded, None
         self._run = Pruning(
             trainer,

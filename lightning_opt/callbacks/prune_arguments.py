@@ -13,7 +13,7 @@ from lightning_opt.callbacks.prune_weights import WeightPlan
 from lightning_opt.forward import Inputs
 from lightning_opt.pruning.allocation import ERK, Allocation
 from lightning_opt.pruning.criteria import Criterion, GroupCriterion, GroupNorm, Magnitude
-from lightning_opt.pruning.patterns import Pattern
+from lightning_opt.pruning.patterns import NM, Block, Element, Pattern
 from lightning_opt.pruning.regrow import Regrow
 from lightning_opt.pruning.solvers import SparseGPT
 from lightning_opt.pruning.structured import Of, Sizes, Structures
@@ -65,7 +65,8 @@ class What:
             "criterion": self.criterion is None or isinstance(self.criterion, Criterion),
             "allocation": self.allocation is None or isinstance(self.allocation, Allocation),
             "regrow": self.regrow is None or (isinstance(self.regrow, Regrow) and self.pattern.density is None),
-            "solver": self.solver is None or isinstance(self.solver, SparseGPT),
+            "solver": self.solver is None
+            or (isinstance(self.solver, SparseGPT) and isinstance(self.pattern, Element | NM | Block)),
             "of": self.of == "units",
         }
 

@@ -299,7 +299,7 @@ def is_compiled(module: nn.Module) -> bool:
 def install(statistics: Statistics, *, eagerly: bool) -> None:
     """Begin to observe forward passes; what is observed in compiled code is computed outside of it."""
     if eagerly:
-        vars(statistics)["_observe"] = torch.compiler.disable(statistics._observe)
+        vars(statistics).setdefault("_observe", torch.compiler.disable(statistics._observe))
     statistics.install()
 
 

@@ -98,11 +98,12 @@ class StructurePlan:
 
     def _try(self) -> None:
         """Refuse before training what could not be done at its end."""
+        by = Magnitude(p=2) if self.needs else self.criterion
         try:
-            kept = self._choose(score(self.structure, self.groups, self.root, Magnitude(p=2)), self.sparsity)
+            kept = self._choose(score(self.structure, self.groups, self.root, by), self.sparsity)
             self.structure.edit(kept)
         except ValueError as error:
-            raise ConfigError(f"sparsity={self.sparsity}: {error}") from error
+            raise ConfigError(f"sparsity={self.sparsity}, criterion={self.criterion}: {error}") from error
         if not kept:
             raise ConfigError(
                 f"pattern={self.pattern}, sparsity={self.sparsity}: nothing would go, with widths of "
@@ -237,19 +238,17 @@ def _answering_with(root: nn.Module, taps: Sequence[str]) -> Iterator[None]:
             handles.append(module.register_forward_pre_hook(lambda _, args: features.append(args)))
         else:
             handles.append(module.register_forward_hook(lambda _, args, answer: features.append(answer)))
-    forward, had_own = root.forward, "forward" in vars(root)
+    original = type(root)
 
-    def answer_all(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        features.clear()
-        return (forward(*args, **kwargs), *features)
+    class Answering(original):  # type: ignore[misc, valid-type]  # a class, which copies of the network keep
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            features.clear()
+            return (super().forward(*args, **kwargs), *features)
 
-    root.forward = answer_all
+    root.__class__ = Answering
     try:
         yield
     finally:
+        root.__class__ = original
         for handle in handles:
             handle.remove()
-        if had_own:
-            root.forward = forward
-        else:
-            del root.forward

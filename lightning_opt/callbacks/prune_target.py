@@ -1,6 +1,7 @@
 """What a pruner works on: the network inside a LightningModule, its weights, and an example of its inputs."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,12 +11,15 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_opt.errors import ConfigError
 from lightning_opt.forward import Inputs, map_inputs
 from lightning_opt.modules import Distillation, TaskModule
 from lightning_opt.modules.taps import near_names
 from lightning_opt.pruning.patterns import Pattern, inputs_first
+from lightning_opt.surgery import apply_with_optimizers
+from lightning_opt.surgery.shrink import Shrink
 
 _EVERYTHING = ("*",)
 _LOOKUP_TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -44,6 +48,25 @@ def refuse_strategy(trainer: "pl.Trainer", *, shrinks: bool) -> None:
             f"strategy=ddp_{strategy.launcher._start_method}: its processes cannot hand a smaller model back; use "
             "strategy=ddp, or one device"
         )
+
+
+def refuse_optimizers(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse, before training, optimizers whose state could not be cut with the weights: each is tried on a toy.
+
+    Raises:
+        ConfigError: Naming the optimizer.
+    """
+    for optimizer in optimizers:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            toy = nn.Linear(4, 4)
+            toy(torch.ones(1, 4)).square().sum().backward()
+        try:
+            twin = type(optimizer)(toy.parameters(), **optimizer.defaults)
+        except (TypeError, ValueError):  # made in a way of its own: the cut itself will say
+            continue
+        with suppress(TypeError, RuntimeError):  # one that wants a closure
+            twin.step()
+        apply_with_optimizers(toy, Shrink(kept={"weight": {1: [0, 2]}}, attributes={"": {"in_features": 2}}), twin)
 
 
 def find_root(pl_module: "pl.LightningModule", module: str | None) -> tuple[str, nn.Module]:

@@ -11,14 +11,17 @@ from lightning_opt.callbacks.prune_target import choose_weights
 from lightning_opt.errors import ConfigError
 from lightning_opt.pruning.allocation import Allocation
 from lightning_opt.pruning.criteria import Criterion
+from lightning_opt.pruning.inputs import EmbeddingReader, reader_for
 from lightning_opt.pruning.masks import Masks
-from lightning_opt.pruning.oneshot import _prune as prune_weight
+from lightning_opt.pruning.oneshot import prune_weight
 from lightning_opt.pruning.patterns import Pattern, inputs_first
 from lightning_opt.pruning.regrow import Regrow
 from lightning_opt.pruning.selection import select
 from lightning_opt.pruning.solvers import SlabChooser, SparseGPT
 from lightning_opt.pruning.statistics import Statistics
 from lightning_opt.surgery import Edit
+
+_OF_INPUTS = frozenset({"input_norm", "gram", "output_norm"})
 
 
 class WeightPlan:
@@ -75,10 +78,21 @@ class WeightPlan:
 
     def _try(self) -> None:
         """Refuse before training what could not be done at its end."""
+        unread = [name for name in self.parameters if not self._has_inputs(name)]
+        if self.needs & _OF_INPUTS and unread:
+            raise ConfigError(
+                f"{type(self.solver or self.criterion).__name__} reads the inputs of layers, which {unread[0]} does "
+                f"not have or show; leave it dense with exclude=[{unread[0]}]"
+            )
         try:
             self._select({name: weight.detach().abs() for name, weight in self.parameters.items()}, 1.0)
         except ValueError as error:
             raise ConfigError(f"sparsity={self.sparsity}, allocation={self.allocation}: {error}") from error
+
+    def _has_inputs(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        reader = reader_for(self.root.get_submodule(path), leaf)
+        return reader is not None and not (self.solver is not None and isinstance(reader, EmbeddingReader))
 
     @torch.no_grad()
     def choose(self, fraction: float) -> dict[str, Tensor]:

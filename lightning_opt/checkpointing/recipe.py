@@ -111,9 +111,10 @@ def _words(recipe: Recipe) -> str:
 
 
 def _averages(pl_module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the averaged copies of the module that callbacks, such as `WeightAveraging`, hold by now."""
+    """Yield the copies of the module in which callbacks, such as `WeightAveraging`, average its weights by now."""
     trainer = getattr(pl_module, "_trainer", None)
     for callback in getattr(trainer, "callbacks", ()):
         for value in vars(callback).values():
-            if isinstance(value, AveragedModel) and type(value.module) is type(pl_module):
-                yield value.module
+            copy = value.module if isinstance(value, AveragedModel) else value
+            if type(copy) is type(pl_module) and copy is not pl_module:
+                yield copy

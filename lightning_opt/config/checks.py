@@ -73,6 +73,8 @@ def _check_value(full: str, value: Any, rule: Key) -> None:
 def _check_range(full: str, number: float, rule: Key) -> None:
     if number != number:
         raise ConfigError(f"{full}={number}: must be a number")
+    if number == rule.also:
+        return
     too_low = rule.low is not None and (number < rule.low or (rule.exclusive and number == rule.low))
     if too_low:
         word = "greater than" if rule.exclusive else "at least"

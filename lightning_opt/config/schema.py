@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its type as an annotation, and the range it must be in."""
+    """One key: its type as an annotation, its range, and one value outside of that, such as -1 for no limit."""
 
     type: str
     low: float | None = None
     high: float | None = None
     exclusive: bool = False
+    also: float | None = None
 
     @property
     def annotation(self) -> ast.expr:
@@ -81,8 +82,8 @@ PLAIN: dict[str, dict[str, Key]] = {
         "batch_size": Key("int", low=1),
     },
     "teacher.train": {
-        "max_epochs": Key("int | None", low=1),
-        "max_steps": Key("int | None", low=1),
+        "max_epochs": Key("int | None", low=1, also=-1),
+        "max_steps": Key("int | None", low=1, also=-1),
         "seed": Key("int | None", low=0),
         "optimizer": NODE,
         "scheduler": NODE,

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from lightning_opt.pruning.ranking import best, count_true
+from lightning_opt.pruning.ranking import best, count_true, falling_order
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class LAMP(GlobalAllocation):
         self, units: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], *, sparsity: float, fraction: float = 1.0
     ) -> dict[str, Tensor]:
         shares = super().keep(units, shapes, sparsity=sparsity, fraction=fraction)
-        # Scores decide within a tensor: rounding can make equal what is not.
+        # The order within a tensor is that of its scores, so its count is all that the ranking has to give.
         return {name: _best(units, [name], count_true(kept))[name] for name, kept in shares.items()}
 
     def rank(self, units: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -127,19 +127,17 @@ class LAMP(GlobalAllocation):
 
 
 def lamp_scores(scores: Tensor) -> Tensor:
-    """Return the LAMP score of each of `(units,)` scores (see `LAMP`).
+    """Return the LAMP scores of `(units,)` scores, in falling order (see `LAMP`).
 
     Negative scores count as 0; infinite ones stay infinite and are left out of the sums.
 
     >>> lamp_scores(torch.tensor([1.0, 2.0, 1.0]))
-    tensor([0.2000, 1.0000, 0.1667])
+    tensor([1.0000, 0.2000, 0.1667])
     """
-    order = scores.argsort(descending=True, stable=True)
-    ranked = scores[order].double()
-    squares = ranked.clamp(min=0).square().masked_fill(ranked == torch.inf, 0)
-    share = squares / squares.cumsum(0).clamp(min=torch.finfo(torch.float64).tiny)
-    share = share.masked_fill(ranked == torch.inf, torch.inf).float()
-    return torch.empty_like(share).scatter_(0, order, share)
+    falling = falling_order(scores).double()
+    squares = falling.clamp(min=0).square().masked_fill_(falling == torch.inf, 0)
+    share = squares / squares.cumsum(0).clamp_(min=torch.finfo(torch.float64).tiny)
+    return share.masked_fill_(falling == torch.inf, torch.inf).float()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ __all__ = ["AnalyticTimes", "LatencyAware", "Layer", "MeasuredTimes", "Times", "
 class LatencyAware(Sizes):
     """Greedy: again and again cut where the least importance is lost for each millisecond that is saved.
 
-    With it the ratio is the share of the layers' time that goes. The loss of a group is minus the logarithm of the
+    With it the ratio is the share of the layers' time that goes, or of their floating point operations. The loss of a group is minus the logarithm of the
     share of its scores that stays: what passes through the model is a product over its layers, so that half of two
     layers is cheaper than all but a tenth of one, and scores need not be comparable across groups. In the manner of
     Shen, Yin, Molchanov, Mao, Liu, Alvarez (2022), "Structural Pruning via Latency-Saliency Knapsack" (HALP), arXiv
@@ -28,20 +29,25 @@ class LatencyAware(Sizes):
         layers: As `layers_of(model, example_inputs)` finds them.
         times: How long a layer takes at a width.
         max_ratio: No group loses a larger share of its units than this.
+        of: What the ratio is of: "time", or "flops" for the fastest model of a given size. Either way time is what
+            decides where to cut.
 
     Raises:
-        ValueError: There is no layer, or `max_ratio` is not in (0, 1].
+        ValueError: There is no layer, `max_ratio` is not in (0, 1], or `of` is not known.
     """
 
     layers: Sequence[Layer]
     times: Times = field(default_factory=AnalyticTimes)
     max_ratio: float = 0.9
+    of: Literal["time", "flops"] = "time"
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("layers is empty: the model has no convolution or linear layer whose time is known")
         if not 0.0 < self.max_ratio <= 1.0:
             raise ValueError(f"max_ratio must be more than 0 and at most 1, not {self.max_ratio}")
+        if self.of not in ("time", "flops"):
+            raise ValueError(f"of={self.of!r}: the ratio is of the 'time' or of the 'flops'")
 
     def sizes(
         self,
@@ -53,11 +59,13 @@ class LatencyAware(Sizes):
         pattern: Structures,
     ) -> dict[str, int]:
         state = _Greedy(self, structure, groups, scores, pattern)
-        goal = (1.0 - ratio) * state.total_ms
-        while state.total_ms > goal * (1 + 1e-12):
+        whole = state.left()
+        while state.left() > (1.0 - ratio) * whole * (1 + 1e-12):
             if not state.cut_once():
-                most = 1.0 - state.total_ms * (1.0 - ratio) / goal
-                raise ValueError(f"ratio={ratio:g} of the time cannot be reached: what may be cut saves {most:.3f}")
+                most = 1.0 - state.left() / whole
+                raise ValueError(
+                    f"ratio={ratio:g} of the {self.of} cannot be reached: what may be cut saves {most:.3f}"
+                )
         return state.kept
 
 
@@ -86,12 +94,21 @@ class _Greedy:
         self.total_ms = sum(self.layer_ms.values())
         self.next: dict[str, tuple[float, int] | None] = {name: self._best_cut(name) for name in self.groups}
 
+    def left(self) -> float:
+        """Return what is left of what the ratio is of."""
+        if self.how.of == "time":
+            return self.total_ms
+        return sum(layer.flops(*self._widths(layer)) for layer in self.how.layers)
+
     def _ms(self, layer: Layer) -> float:
+        return self.how.times.ms(layer, *self._widths(layer))
+
+    def _widths(self, layer: Layer) -> tuple[int, int]:
         outputs = self.lengths.at(layer.weight, layer.out_dim, layer.shape[layer.out_dim], self.kept)
         inputs = outputs
         if not layer.is_depthwise:
             inputs = self.lengths.at(layer.weight, layer.in_dim, layer.shape[layer.in_dim], self.kept)
-        return self.how.times.ms(layer, outputs, inputs)
+        return outputs, inputs
 
     def _best_cut(self, name: str) -> tuple[float, int] | None:
         """Return the least loss per millisecond of all smaller sizes of a group, and that size."""

@@ -52,6 +52,10 @@ class Layer:
         """Outputs and inputs of the layer as it is."""
         return self.shape[self.out_dim], self.shape[self.out_dim if self.is_depthwise else self.in_dim]
 
+    def flops(self, outputs: int, inputs: int) -> float:
+        """Return the floating point operations at other widths: two for each multiply-accumulate."""
+        return 2.0 * outputs * (1 if self.is_depthwise else inputs) * self.kernel * self.positions
+
 
 class Times(ABC):
     """Tells how long a layer takes, in milliseconds, at a number of outputs and inputs."""
@@ -81,7 +85,7 @@ class AnalyticTimes(Times):
         wide_out, wide_in = (math.ceil(width / self.lane) * self.lane for width in (outputs, inputs))
         full_in = layer.widths[1]
         elements = wide_out * (1 if layer.is_depthwise else wide_in) * layer.kernel
-        arithmetic_ms = 2.0 * elements * layer.positions / (self.gflops * 1e6)
+        arithmetic_ms = layer.flops(wide_out, wide_in) / (self.gflops * 1e6)
         read = math.prod(layer.input_shape) * wide_in / full_in
         memory_ms = 4.0 * (elements + read + layer.positions * wide_out) / (self.gigabytes_per_s * 1e6)
         return max(arithmetic_ms, memory_ms) + self.overhead_ms
@@ -92,7 +96,8 @@ class MeasuredTimes(Times):
     """Each layer timed on this machine at a few widths; in between is interpolated. Layers of one shape are timed once.
 
     Args:
-        timer: Times a layer on an input, in milliseconds; `time_in_torch` when not given. Give your engine's.
+        timer: Times a layer on an input, in milliseconds; `time_in_torch` when not given. Give your
+            engine's, such as `time_in_onnxruntime`.
         step: Widths that are timed are multiples of it.
         parts: Into how many parts the range of widths is divided.
     """

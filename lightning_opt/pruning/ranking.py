@@ -66,6 +66,14 @@ def count_true(mask: Tensor) -> int:
     return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.count_nonzero())
 
 
+def falling_order(scores: Tensor) -> Tensor:
+    """Return one-dimensional scores as float32, the largest first."""
+    scores = scores.detach().float()
+    if scores.device.type == "cpu":
+        return torch.from_numpy(np.sort(scores.numpy())).flip(0)
+    return scores.sort(descending=True).values
+
+
 def _best_of_all(flat: Sequence[Tensor], count: int) -> list[Tensor]:
     """Compare all scores with the count-th largest, and fill up with the first of those that equal it."""
     threshold = kth_largest(flat, count)

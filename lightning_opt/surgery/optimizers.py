@@ -132,12 +132,14 @@ def _forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
 
 def _copy_inside(holder: nn.Module, model: nn.Module) -> nn.Module:
     """Return the copy of `model` that `holder` is or holds."""
-    wanted = _layout(model)
-    for module in holder.modules():
-        if module is not model and type(module) is type(model) and _layout(module) == wanted:
-            return module
+    wanted, kind = _layout(model), type(model)
+    found = [m for m in holder.modules() if m is not model and type(m) is kind and _layout(m) == wanted]
+    if holder in found or len(found) == 1:
+        return holder if holder in found else found[0]
+    count = f"{len(found)} copies" if found else "no copy"
     raise ConfigError(
-        f"also: {type(holder).__name__} holds no copy of {type(model).__name__} with the same parameters and shapes"
+        f"also: {type(holder).__name__} holds {count} of {kind.__name__} with the same parameters and shapes; give the "
+        "copy itself"
     )
 
 

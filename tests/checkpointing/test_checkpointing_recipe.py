@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from kill_job import BATCH, EPOCHS, SAMPLES, Net, NoisyData, make_run
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -219,3 +219,10 @@ def test_only_features_that_losses_built_parts_for_must_keep_their_width():
     module = Distillation(network(), network(), task=Classification(num_outputs=2), losses=losses)
     assert module.tapped_modules() == ["0"]
     assert Ours().tapped_modules() == []
+
+
+def test_the_average_of_lightnings_swa_is_changed_too(tmp_path, our_checkpoint):
+    swa = StochasticWeightAveraging(swa_lrs=0.01)
+    trainer, module = our_trainer(tmp_path, max_epochs=EPOCHS + 1, callbacks=[swa]), Ours()
+    trainer.fit(module, loader(), ckpt_path=our_checkpoint[0], weights_only=True)
+    assert swa._average_model.model[4].weight.shape == module.model[4].weight.shape == (2, 4)

@@ -5,18 +5,19 @@ import torch
 
 from lightning_opt.pruning.structure.axes import (
     Reason,
+    entries_of_units,
     freeze,
     kept_count,
     kept_mask,
     leaves,
     mark_inexact,
+    nested_pairs,
     new_axis,
     regroup,
     size_of,
     split,
     sum_axis,
     unify,
-    unit_of_each,
 )
 
 WHERE = Reason("test")
@@ -131,9 +132,13 @@ def test_what_is_known_of_a_factor_passes_to_its_parts():
 def test_units_of_entries():
     axis = new_axis(6)
     rows, columns = regroup([axis], [2, 3])
-    assert unit_of_each(axis, free(rows)[0]).tolist() == [0, 0, 0, 1, 1, 1]
-    assert unit_of_each(axis, free(columns)[0]).tolist() == [0, 1, 2, 0, 1, 2]
-    assert unit_of_each(sum_axis([new_axis(2), axis]), free(rows)[0]).tolist() == [-1, -1, 0, 0, 0, 1, 1, 1]
+    (row,), (column,) = free(rows), free(columns)
+    assert entries_of_units(axis)[row].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert entries_of_units(axis)[column].tolist() == [[0, 3], [1, 4], [2, 5]]
+    twice = sum_axis([axis, new_axis(2), axis])
+    assert entries_of_units(twice)[row].tolist() == [[0, 1, 2, 8, 9, 10], [3, 4, 5, 11, 12, 13]]
+    assert entries_of_units(twice)[column].tolist() == [[0, 3, 8, 11], [1, 4, 9, 12], [2, 5, 10, 13]]
+    assert set(nested_pairs(twice)) == {(row, column), (column, row)}
 
 
 @pytest.mark.parametrize("size", [1, 7])

@@ -1,7 +1,6 @@
 """Training after the surgery is the training of the dense model with the same structure masked; control: no state."""
 
 import copy
-import types
 
 import pytest
 import torch
@@ -207,7 +206,7 @@ def test_an_edit_that_does_not_fit_leaves_the_optimizer_alone():
 def test_copies_are_cut_alike_and_go_on_averaging():
     model, optimizer = trained(OPTIMIZERS["adamw"])
     averaged = AveragedModel(model, use_buffers=True)
-    holder = nn.ModuleDict({"module": types.SimpleNamespace() and copy.deepcopy(model)})  # as in a module that has it
+    holder = nn.ModuleDict({"module": copy.deepcopy(model)})
     with torch.no_grad():
         averaged.module.head.weight.add_(1)
     expected = averaged.module.head.weight.detach()[:, KEPT].clone()
@@ -219,6 +218,9 @@ def test_copies_are_cut_alike_and_go_on_averaging():
     averaged.update_parameters(model)
     with pytest.raises(ConfigError, match="holds no copy of Net"):
         apply_with_optimizers(model, EDIT, optimizer, also=[nn.Linear(2, 2)])
+    two = nn.ModuleList([copy.deepcopy(model), copy.deepcopy(model)])
+    with pytest.raises(ConfigError, match="holds 2 copies of Net"):
+        apply_with_optimizers(model, DropLayers("", (0,)), optimizer, also=[two])
 
 
 class Deep(nn.Module):

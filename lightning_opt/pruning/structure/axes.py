@@ -9,7 +9,7 @@ cut. Every step only ever ties entries together, so what remains free is free in
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, permutations
 from typing import TypeAlias
 
 import torch
@@ -226,18 +226,47 @@ def kept_count(axis: Axis, counts: Mapping[Factor, int]) -> int:
     return found
 
 
-def unit_of_each(axis: Axis, factor: Factor) -> Tensor:
-    """Return for each entry of an axis the unit of `factor` that it belongs to, -1 for none: `(size,)` int64."""
-    units = torch.full((1,), -1)
-    for part in resolve(axis):
-        if part is factor:
-            inside = torch.arange(part.size)
-        elif part.terms is not None:
-            inside = torch.cat([unit_of_each(term, factor) for term in part.terms])
-        else:
-            inside = torch.full((part.size,), -1)
-        units = torch.maximum(units[:, None], inside[None]).flatten()
-    return units
+def entries_of_units(axis: Axis) -> dict[Factor, Tensor]:
+    """Return for each plain factor of an axis the entries that belong to each of its units: `(size, k)` int64, rising."""
+    return {factor: entries.sort(dim=1).values for factor, entries in _entries(resolve(axis)).items()}
+
+
+def _entries(factors: Axis) -> dict[Factor, Tensor]:
+    found: dict[Factor, Tensor] = {}
+    before, after = 1, size_of(factors)
+    for part in factors:
+        after //= part.size
+        outer = torch.arange(before)[:, None, None] * (part.size * after)
+        for factor, inside in _entries_within(part).items():
+            places = outer + (inside * after).view(1, -1, 1) + torch.arange(after)
+            places = places.view(before, *inside.shape, after).movedim(1, 0).reshape(factor.size, -1)
+            found[factor] = torch.cat([found[factor], places], dim=1) if factor in found else places
+        before *= part.size
+    return found
+
+
+def _entries_within(part: Factor) -> dict[Factor, Tensor]:
+    if part.terms is None:
+        return {part: torch.arange(part.size)[:, None]}
+    found: dict[Factor, Tensor] = {}
+    start = 0
+    for term in part.terms:
+        for factor, inside in _entries(resolve(term)).items():
+            moved = inside + start
+            found[factor] = torch.cat([found[factor], moved], dim=1) if factor in found else moved
+        start += size_of(term)
+    return found
+
+
+def nested_pairs(axis: Axis) -> Iterator[tuple[Factor, Factor]]:
+    """Yield the pairs of different plain factors that are in one product, so that an entry belongs to a unit of each."""
+    factors = resolve(axis)
+    inside = [dict.fromkeys(leaves([factor])) for factor in factors]
+    for first, second in permutations(inside, 2):
+        yield from ((a, b) for a in first for b in second if a is not b)
+    for factor in factors:
+        for term in factor.terms or ():
+            yield from nested_pairs(term)
 
 
 def repeats_in_a_product(axis: Axis) -> set[Factor]:

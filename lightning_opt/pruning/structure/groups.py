@@ -13,11 +13,12 @@ from lightning_opt.pruning.structure.axes import (
     Factor,
     Reason,
     freeze,
+    entries_of_units,
     leaves,
+    nested_pairs,
     repeats_in_a_product,
     resolve,
     size_of,
-    unit_of_each,
 )
 from lightning_opt.pruning.structure.walk import Walk
 
@@ -125,7 +126,12 @@ def find_groups(walk: Walk, parameters: Mapping[str, Tensor]) -> list[Group]:
     kinds = _kinds(walk, dict(found))
     names = _names(found, kinds, walk.outputs)
     costs = _cost_per_unit(walk, [factor for factor, _ in found])
-    return [_group(walk, factor, at, kinds[factor], names[factor], parameters, costs[factor]) for factor, at in found]
+    entries = {
+        (name, dim): entries_of_units(axis) for name, axes in walk.tensors.items() for dim, axis in enumerate(axes)
+    }
+    return [
+        _group(factor, at, kinds[factor], names[factor], entries, parameters, costs[factor]) for factor, at in found
+    ]
 
 
 def find_refusals(walk: Walk, parameters: Mapping[str, Tensor]) -> list[Refusal]:
@@ -146,17 +152,15 @@ def _is_group(places: list[tuple[str, int]], parameters: Mapping[str, Tensor]) -
 
 
 def _group(
-    walk: Walk,
     factor: Factor,
     places: list[tuple[str, int]],
     kind: str,
     name: str,
+    entries: Mapping[tuple[str, int], Mapping[Factor, Tensor]],
     parameters: Mapping[str, Tensor],
     flops: int,
 ) -> Group:
-    members = tuple(
-        Member(tensor, dim, units_of(walk.tensors[tensor][dim], factor), tensor in parameters) for tensor, dim in places
-    )
+    members = tuple(Member(tensor, dim, entries[tensor, dim][factor], tensor in parameters) for tensor, dim in places)
     params = sum(
         _entries_per_unit(members, tensor, parameters[tensor])
         for tensor in {m.tensor for m in members if m.is_parameter}
@@ -164,12 +168,6 @@ def _group(
     reason = factor.inexact
     because = f"{reason.why} ({reason.operation})" if reason else ""
     return Group(name, factor.size, kind, members, reason is None, because, params, flops, factor)
-
-
-def units_of(axis: Axis, factor: Factor) -> Tensor:
-    """Return the entries of an axis by unit of a factor: `(size, k)` int64."""
-    units = unit_of_each(axis, factor)
-    return units.argsort(stable=True)[int((units < 0).sum()) :].view(factor.size, -1)
 
 
 def _entries_per_unit(members: Sequence[Member], tensor: str, data: Tensor) -> int:
@@ -228,19 +226,13 @@ def _kinds(walk: Walk, places: Mapping[Factor, list[tuple[str, int]]]) -> dict[F
 
 def _nests(walk: Walk, places: Mapping[Factor, list[tuple[str, int]]]) -> dict[Factor, list[Factor]]:
     """Return for each factor those that it is in one product with anywhere."""
-    found: dict[Factor, list[Factor]] = {factor: [] for factor in places}
+    found: dict[Factor, dict[Factor, None]] = {factor: {} for factor in places}
     for axes in walk.tensors.values():
         for axis in axes:
-            together = [leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in places]
-            for leaf, other in itertools.permutations(together, 2):
-                if other not in found[leaf] and _are_nested(axis, leaf, other):
-                    found[leaf].append(other)
-    return found
-
-
-def _are_nested(axis: Axis, a: Factor, b: Factor) -> bool:
-    """Tell whether two factors are in one product, so that an entry belongs to a unit of each."""
-    return bool(((unit_of_each(axis, a) >= 0) & (unit_of_each(axis, b) >= 0)).any())
+            for factor, other in nested_pairs(axis):
+                if factor in places and other in places:
+                    found[factor][other] = None
+    return {factor: list(others) for factor, others in found.items()}
 
 
 def _kind(factor: Factor) -> str:

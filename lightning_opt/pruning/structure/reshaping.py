@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from lightning_opt.pruning.structure.axes import (
     Axis,
     freeze,
@@ -12,6 +14,7 @@ from lightning_opt.pruning.structure.axes import (
     sum_axis,
 )
 from lightning_opt.pruning.structure.pointwise import broadcast, dirty_of_sum, kept_dirty
+from lightning_opt.pruning.structure.program import tensor_nodes
 from lightning_opt.pruning.structure.walk import Answer, Call, Value, operation
 
 
@@ -283,7 +286,8 @@ def _index(call: Call) -> Answer:
     indices: list[Any] = list(call["indices"]) + [None] * (len(value.axes) - len(call["indices"]))
     chosen = [dim for dim, index in enumerate(indices) if index is not None]
     ranks = [len(index.axes) for index in indices if index is not None]
-    if any(len(index.axes) > 1 for index in indices if index is not None and len(indices) > len(value.axes)):
+    masks = [node for node in tensor_nodes(call.node.args[1]) if node.meta["val"].dtype in (torch.bool, torch.uint8)]
+    if masks:
         return call.refuse("is picked by a mask")
     for dim in chosen:
         freeze(value.axes[dim], call.reason("has entries that are picked by place"))

@@ -32,7 +32,7 @@ def trace(model: nn.Module, example_inputs: Inputs, *, ignore: Sequence[str] = (
     """
     program = export(model, example_inputs)
     parameters = dict(model.named_parameters())
-    walk = Walk(program, {**parameters, **dict(model.named_buffers())})
+    walk = Walk(program, parameters, dict(model.named_buffers()))
     calls = find_calls(model, example_inputs)
     tie_shared_numbers(model, walk.links, calls)
     freeze_repeats(walk)

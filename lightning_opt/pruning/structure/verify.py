@@ -116,8 +116,8 @@ class Verifier:
 
     def _differs(self, structure: Structure, groups: Sequence[Group]) -> bool:
         kept = _some(groups)
-        small, masked = copy.deepcopy(self.model).double(), copy.deepcopy(self.model).double()
-        _randomise(small, masked)
+        masked = _lively(self.model)
+        small = copy.deepcopy(masked)
         structure.edit(kept).apply(small)
         parameters = dict(masked.named_parameters())
         with torch.no_grad():
@@ -148,16 +148,17 @@ def _some(groups: Sequence[Group]) -> dict[str, list[int]]:
     return {group.name: list(range(dropped[group.name], group.size)) for group in groups}
 
 
-def _randomise(*models: nn.Module) -> None:
-    """Give models the same lively weights: as they are, attention may be flat and residual branches silent."""
-    for model in models:
-        generator = torch.Generator().manual_seed(0)
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
-            if parameter.dim() > 1:
-                parameter.data = noise / (parameter.numel() / len(parameter)) ** 0.5
-            else:
-                parameter.data = parameter.data + 0.3 * noise
+def _lively(model: nn.Module) -> nn.Module:
+    """Return a copy in float64 with random weights: as they are, attention may be flat and residual branches silent."""
+    model = copy.deepcopy(model).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        if parameter.dim() > 1:
+            parameter.data = noise.mul_((len(parameter) / parameter.numel()) ** 0.5)
+        else:
+            parameter.data = parameter.data + 0.3 * noise
+    return model
 
 
 def _is_in(group: Group, module: str) -> bool:

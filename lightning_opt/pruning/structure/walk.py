@@ -1,6 +1,6 @@
 """The walk along a program: each operation says what it does to axes, and the table of operations."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -81,7 +81,7 @@ class Walk:
         outputs: Axes of parameters, by name and dim, that are the outputs of a layer.
     """
 
-    def __init__(self, program: Program, shapes: dict[str, Tensor]) -> None:
+    def __init__(self, program: Program, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         self.values: dict[Node, Answer] = {}
         self.tensors: dict[str, list[Axis]] = {}
         self.links: list[Link] = []
@@ -89,7 +89,8 @@ class Walk:
         self.shapes: Shapes = []
         self.outputs: set[tuple[str, int]] = set()
         self._program = program
-        self._actual = shapes
+        self._actual = {**parameters, **buffers}
+        self._buffers = frozenset(buffers)
         self._count = 0
         self._turns: dict[tuple[str, str], int] = {}
         self._run(program.graph, None)
@@ -112,7 +113,10 @@ class Walk:
             return None
         name = self._program.tensors.get(node.name)
         if name is not None:
-            return self._numbered(Value(self.axes_of(name)), ())
+            axes = self.axes_of(name)
+            # Masks are of parameters: buffers keep their values at cut units.
+            dirty = frozenset(factor for axis in axes for factor in axis if name in self._buffers)
+            return self._numbered(Value(axes, dirty=dirty), ())
         value = Value([new_axis(int(size)) for size in shape], dynamic=node.name not in self._program.constants)
         why = "is an axis of the model's inputs" if value.dynamic else "belongs to a constant, no parameter or buffer"
         self.freeze(value, Reason(why))
