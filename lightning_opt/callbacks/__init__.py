@@ -4,5 +4,6 @@ from lightning_opt.callbacks.metrics_csv import LogPosition, MetricsCsv
 from lightning_opt.callbacks.non_finite import NonFiniteGuard
 from lightning_opt.callbacks.progress import PlainProgress, progress
 from lightning_opt.callbacks.prune import Prune
+from lightning_opt.callbacks.prune_depth import PruneDepth
 
-__all__ = ["LogPosition", "MetricsCsv", "NonFiniteGuard", "PlainProgress", "Prune", "progress"]
+__all__ = ["LogPosition", "MetricsCsv", "NonFiniteGuard", "PlainProgress", "Prune", "PruneDepth", "progress"]

@@ -10,7 +10,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_opt.callbacks.prune_arguments import What, When
-from lightning_opt.callbacks.prune_neighbours import forget_best_if_settled, hold_early_stopping, restore_averages
+from lightning_opt.callbacks.prune_neighbours import (
+    forget_best_if_settled,
+    hold_early_stopping,
+    restore_averages,
+    save_soon,
+)
 from lightning_opt.callbacks.prune_plan import Plan
 from lightning_opt.callbacks.prune_run import Pruning
 from lightning_opt.callbacks.prune_target import example_of, find_root, refuse_optimizers, refuse_strategy, taps_of
@@ -40,7 +45,8 @@ class Prune(pl.Callback):
     recipe of what was removed; all plain tensors, numbers and text. A run that is stopped anywhere and resumed ends
     bit-equal. Names in the state dict never change.
 
-    Strategies: one device and ddp, where the first process decides for all. Sharded strategies are refused.
+    Strategies: one device and ddp, where the first process decides for all. Sharded strategies are refused; so are, for
+    structures, processes that are forked or spawned from one that keeps the dense model.
 
     To choose the sparsity in another way, override `decide`.
 
@@ -247,21 +253,29 @@ class Prune(pl.Callback):
         assert run is not None
         before = run.step
         changed = run.advance(trainer.global_step, self.decide)
-        edit = run.shrink_if_due(before)
-        if edit is not None:
-            for other in self._others(trainer):
-                other.follow(edit)
-        if changed or edit is not None:
+        if run.is_shrink_due(before):
+            changed |= self._shrink(trainer, pl_module, run)
+        if changed:
             self._log(trainer, pl_module, to_callbacks=to_callbacks)
         if not self._settled and run.is_over:
             self._settled = True
             forget_best_if_settled(trainer)
 
-    def _others(self, trainer: "pl.Trainer") -> list[Pruning]:
-        """Return what the other pruners of the same network do."""
+    def _shrink(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", run: Pruning) -> bool:
+        """Remove what is masked, and tell the other pruners of the same network."""
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        runs = [c._run for c in callbacks if isinstance(c, Prune) and c is not self]
-        return [run for run in runs if run is not None and self._plan is not None and run.plan.root is self._plan.root]
+        others = [c for c in callbacks if isinstance(c, Prune) and c is not self and c._prunes(run.plan.root)]
+        for other in others:  # what they have seen of the old shapes is used first
+            other.on_train_batch_end(trainer, pl_module, None, None, 0)
+        edit = run.shrink()
+        for other in others:
+            if edit is not None and other._run is not None:
+                other._run.follow(edit)
+        save_soon(trainer)
+        return edit is not None
+
+    def _prunes(self, root: nn.Module) -> bool:
+        return self._run is not None and self._run.plan.root is root
 
     def _log(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *, to_callbacks: bool) -> None:
         assert self._run is not None

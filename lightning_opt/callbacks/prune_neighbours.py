@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from torch import nn
 
 from lightning_opt.callbacks.prune_target import find_root
+from lightning_opt.checkpointing import SaveCheckpoints
 from lightning_opt.checkpointing.recipe import restore_recipes
 from lightning_opt.pruning.masks import Masks
 
@@ -83,6 +84,13 @@ def forget_best_if_settled(trainer: "pl.Trainer") -> None:
             callback.kth_best_model_path, callback.best_model_path = "", ""
             callback.best_model_score = callback.current_score = None
             callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+
+
+def save_soon(trainer: "pl.Trainer") -> None:
+    """Have a checkpoint written after this batch: a guard that rolls back could not load one of the old shapes."""
+    for callback in _callbacks(trainer):
+        if isinstance(callback, SaveCheckpoints):
+            callback._due = True
 
 
 def _callbacks(trainer: "pl.Trainer") -> list[pl.Callback]:

@@ -48,7 +48,7 @@ class Plan(Protocol):
     def refresh(self) -> None:
         """Look again at the network, to which a checkpoint's recipe may have been applied."""
 
-    def follow(self) -> None:
+    def follow(self, edit: Edit) -> None:
         """Take up the new shapes after another pruner has removed structures."""
 
     def state_dict(self) -> dict[str, Any]:

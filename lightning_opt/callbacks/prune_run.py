@@ -132,11 +132,13 @@ class Pruning:
         self._gather_if_due()
         return changed
 
-    def shrink_if_due(self, before: int) -> Edit | None:
-        """Remove masked structures if their moment is after the step `before`; return what was done."""
+    def is_shrink_due(self, before: int) -> bool:
+        """Whether masked structures are to be removed in the steps after `before`."""
         moment = self.timeline.shrink
-        if moment is None or not before < moment <= self.step:
-            return None
+        return moment is not None and before < moment <= self.step
+
+    def shrink(self) -> Edit | None:
+        """Remove masked structures; return what was done."""
         self.detach()
         edit = self.plan.shrink(self.trainer)
         self._retire()
@@ -156,7 +158,7 @@ class Pruning:
             self.masks.cut(edit)
             saved = self.rewind.saved
             self.rewind.saved = {n: cut(t, edit.kept[n]) if n in edit.kept else t for n, t in saved.items()}
-        self.plan.follow()
+        self.plan.follow(edit)
         self.attach()
 
     def measures(self) -> dict[str, float]:

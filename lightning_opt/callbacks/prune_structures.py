@@ -19,7 +19,7 @@ from lightning_opt.pruning.criteria import Criterion, GroupCriterion, Magnitude
 from lightning_opt.pruning.masks import Masks
 from lightning_opt.pruning.statistics import Statistics
 from lightning_opt.pruning.structure import Group, trace
-from lightning_opt.pruning.structured import Of, Structures, choose, score
+from lightning_opt.pruning.structured import Of, Sizes, Structures, choose, score
 from lightning_opt.surgery import Edit, apply_with_optimizers, recipe_of
 
 _INPUT = ":in"
@@ -75,6 +75,8 @@ class StructurePlan:
         inputs = map_inputs(self.example_inputs, partial(_like, next(self.root.parameters())))
         with _uncompiled(self.root), _answering_with(self.root, self.taps):
             self.structure = trace(self.root, inputs)
+            if isinstance(self.allocation, Sizes):
+                self.allocation = self.allocation.for_model(self.root, inputs)
         try:
             groups = self.pattern.of(self.structure)
         except ValueError as error:
@@ -142,7 +144,7 @@ class StructurePlan:
         if not self.kept:
             return None
         edit = self.structure.edit(self.kept)
-        with _unwrapped(trainer):
+        with unwrapped(trainer):
             apply_with_optimizers(self.root, edit, trainer.optimizers, also=averages(trainer))
         return edit
 
@@ -156,7 +158,7 @@ class StructurePlan:
         if len(recipe_of(self.root)) != self._edits:
             self._look()
 
-    def follow(self) -> None:
+    def follow(self, edit: Edit) -> None:
         """Take up the new shapes after another pruner has removed structures."""
         self._look()
         if self.kept:
@@ -199,7 +201,7 @@ def _names_of(group: Group) -> list[str]:
 
 
 @contextmanager
-def _unwrapped(trainer: "pl.Trainer") -> Iterator[None]:
+def unwrapped(trainer: "pl.Trainer") -> Iterator[None]:
     """Take DDP's wrapper away, whose buckets have the old shapes, and make a new one afterwards."""
     strategy: Any = trainer.strategy
     wrapped = isinstance(strategy.model, DistributedDataParallel)

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def refuse_strategy(trainer: "pl.Trainer", *, shrinks: bool) -> None:
         ConfigError: Naming the strategy.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         raise ConfigError(
             f"strategy={type(strategy).__name__}: pruning needs whole weights on each device; use strategy=ddp or one "
             "device"
@@ -191,8 +191,10 @@ def _fitting(
     return fitting
 
 
-def example_of(trainer: "pl.Trainer", pl_module: "pl.LightningModule", given: Inputs | None) -> Inputs:
-    """Return inputs of the pruned network on which it can be traced, on the CPU's or the module's device.
+def example_of(
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", given: Inputs | None, *, samples: int = _EXAMPLES
+) -> Inputs:
+    """Return inputs of the pruned network, such as it can be traced on, on the module's device.
 
     They are what the callback was given, else what the data module, the LightningModule or the first training batch
     has. No random state moves.
@@ -204,15 +206,15 @@ def example_of(trainer: "pl.Trainer", pl_module: "pl.LightningModule", given: In
     if given is not None:
         found: Any = given
     elif datamodule is not None and hasattr(datamodule, "example_inputs"):
-        found = datamodule.example_inputs(_EXAMPLES)
+        found = datamodule.example_inputs(samples)
     elif getattr(pl_module, "example_input_array", None) is not None:
         found = pl_module.example_input_array
     else:
-        found = _first_inputs(trainer, pl_module)
+        found = _first_inputs(trainer, pl_module, samples)
     return map_inputs(found, lambda value: value.to(pl_module.device) if isinstance(value, Tensor) else value)
 
 
-def _first_inputs(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Inputs:
+def _first_inputs(trainer: "pl.Trainer", pl_module: "pl.LightningModule", samples: int) -> Inputs:
     with torch.random.fork_rng(devices=[]):
         batch = next(iter(trainer.fit_loop._data_source.dataloader()))
     if isinstance(pl_module, TaskModule):
@@ -222,7 +224,7 @@ def _first_inputs(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Inp
     else:
         inputs = batch[0] if isinstance(batch, tuple | list) else batch
     try:
-        return map_inputs(inputs, lambda value: value[:_EXAMPLES])
+        return map_inputs(inputs, lambda value: value[:samples])
     except TypeError as error:
         raise ConfigError(
             f"example_inputs is not given, and a training batch ({type(batch).__name__}) does not say which part of it "

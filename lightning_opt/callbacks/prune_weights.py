@@ -20,6 +20,7 @@ from lightning_opt.pruning.selection import select
 from lightning_opt.pruning.solvers import SlabChooser, SparseGPT
 from lightning_opt.pruning.statistics import Statistics
 from lightning_opt.surgery import Edit
+from lightning_opt.surgery.shrink import Shrink, cut
 
 _OF_INPUTS = frozenset({"input_norm", "gram", "output_norm"})
 
@@ -151,14 +152,22 @@ class WeightPlan:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`."""
 
-    def follow(self) -> None:
-        """Take up the new shapes after another pruner has removed structures."""
-        self.total = sum(weight.numel() for weight in self.parameters.values())
-        self._observe()
+    def follow(self, edit: Edit) -> None:
+        """Take up the new shapes after another pruner has removed structures; what gradients told goes on."""
+        told = self.statistics.state_dict()
+        self.refresh()
+        if isinstance(edit, Shrink):
+            sums = {field: tensors for field, tensors in told["sums"].items() if field not in _OF_INPUTS}
+            cuts = {
+                field: {n: cut(t, edit.kept[n]) if n in edit.kept else t for n, t in tensors.items()}
+                for field, tensors in sums.items()
+            }
+            self.statistics.load_state_dict({**told, "sums": cuts})
 
     def refresh(self) -> None:
         """Take up the shapes of a network to which a checkpoint's recipe was applied."""
-        self.follow()
+        self.total = sum(weight.numel() for weight in self.parameters.values())
+        self._observe()
 
     def remaining(self, masks: Masks) -> int:
         """Return how many of the named weights are not masked."""

@@ -243,9 +243,18 @@ class SaveCheckpoints(Checkpoint):
         self._due = False
         if not self._may_save(trainer) or (self._saved_step == trainer.global_step and not self._finished):
             return
-        if trainer.is_global_zero:
-            self._rotate()
-        self._save(trainer, LAST)
+        io = trainer.strategy.checkpoint_io
+        if isinstance(io, DurableCheckpointIO):
+            # Not before the new one is on the disk: where that is full, all versions stay what they are.
+            io.before_publish = self._rotate
+            try:
+                self._save(trainer, LAST)
+            finally:
+                io.before_publish = None
+        else:
+            if trainer.is_global_zero:
+                self._rotate()
+            self._save(trainer, LAST)
         self._saved_step, self._last_is_whole = trainer.global_step, True
 
     def _save(self, trainer: "pl.Trainer", name: str) -> None:

@@ -84,8 +84,22 @@ class HashingSink:
         return self._hash.hexdigest()
 
 
-def write_durably(path: Path, write: Callable[[HashingSink], None], *, step: int = 0, epoch: int = 0) -> Entry:
+def write_durably(
+    path: Path,
+    write: Callable[[HashingSink], None],
+    *,
+    step: int = 0,
+    epoch: int = 0,
+    before_publish: Callable[[], None] | None = None,
+) -> Entry:
     """Write a file so that at any instant the old or the new version is whole, and announce it in its manifest.
+
+    Args:
+        path: Its place.
+        write: Writes its content.
+        step: How far the run is, for the manifest.
+        epoch: Likewise.
+        before_publish: Called when the new version is whole on the disk and the old one still in its place.
 
     Raises:
         StorageError: If the disk is full or fails; the previous version is intact and nothing is left behind.
@@ -105,6 +119,8 @@ def write_durably(path: Path, write: Callable[[HashingSink], None], *, step: int
         finally:
             os.close(descriptor)
         entry = Entry(size=sink.size, sha256=sink.hexdigest(), step=step, epoch=epoch)
+        if before_publish is not None:
+            before_publish()
         publish(temp, path, entry=entry)
     return entry
 

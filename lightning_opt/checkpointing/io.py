@@ -6,6 +6,7 @@ import pickle
 import re
 import tempfile
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,12 @@ class DurableCheckpointIO(CheckpointIO):
     step, epoch) and renamed. Only what loads with `weights_only=True` is written. Loading checks the manifest first;
     a file without one (from another project) is loaded with a warning, and never with anything but
     `weights_only=True`. A URL needs its sha256: `https://host/model.ckpt#sha256=<64 hex digits>`.
+
+    Attributes:
+        before_publish: Called in each save when the new version is whole on the disk and the old one still in place.
     """
+
+    before_publish: Callable[[], None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
         """Write a checkpoint durably.
@@ -64,6 +70,7 @@ class DurableCheckpointIO(CheckpointIO):
             lambda sink: torch.save(plain, sink),  # type: ignore[arg-type]
             step=int(plain.get("global_step", 0)),
             epoch=int(plain.get("epoch", 0)),
+            before_publish=self.before_publish,
         )
 
     def load_checkpoint(

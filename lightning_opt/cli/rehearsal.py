@@ -43,7 +43,6 @@ def _rehearse_fit(config: Config, parts: Parts, task: "Task", teachers: list[Tea
     """Build what Lightning runs."""
     from lightning_opt.cli.precheck import check_changes
     from lightning_opt.config.build_fit import assemble, build_data, build_trainer
-    from lightning_opt.modules.matching import refuse_features_from_cache
 
     start_logging()  # again: Lightning's import has set its loggers to its own taste
     datamodule = build_data(config)
@@ -51,8 +50,6 @@ def _rehearse_fit(config: Config, parts: Parts, task: "Task", teachers: list[Tea
     trainer, _ = build_trainer(config, Path("never-written"), task)
     check_changes(trainer, parts.model)
     assemble(parts, task, teachers)
-    if parts.loss is not None and config["teacher"].get("cache") and hasattr(datamodule, "fingerprint"):
-        refuse_features_from_cache(parts.loss.terms)
 
 
 def _teacher(node: Config) -> Teacher:

@@ -16,13 +16,13 @@ import lightning_opt
 from lightning_opt.cli.fitting import fit
 from lightning_opt.cli.log import log
 from lightning_opt.config import launch
-from lightning_opt.config.build import Config, build_model, build_task, build_teacher, build_weighting
+from lightning_opt.config.build import Config, build_model, build_task, build_teacher, build_terms, build_weighting
 from lightning_opt.config.build_fit import build_data, build_module
 from lightning_opt.export import load
 from lightning_opt.losses.teachers import FixedWeights
 from lightning_opt.models import load_weights
 from lightning_opt.modules import Distillation, Teacher, TeacherCache
-from lightning_opt.modules.matching import mix_of
+from lightning_opt.modules.matching import mix_of, readers_of_features
 from lightning_opt.modules.teacher_cache import cache_key, store
 from lightning_opt.tasks import Example, Task
 
@@ -176,6 +176,13 @@ def find_cache(config: Config, teachers: Sequence[Teacher], datamodule: pl.Light
             "warning: teacher.cache is not used: %s has no fingerprint(), so stored answers could not be told from "
             "those on other data; the teacher answers each batch (derive from lightning_opt.data.DataModule to store)",
             type(datamodule).__name__,
+        )
+        return None
+    if readers := readers_of_features(build_terms(config["loss"]["terms"])):
+        log.warning(
+            "warning: teacher.cache is not used: loss.terms.%s reads the teacher's features and only its logits are "
+            "stored; the teacher answers each batch",
+            readers[0],
         )
         return None
     datamodule.prepare_data()

@@ -1,10 +1,13 @@
 """`model._target_=my_pkg.Net`: another class in the place of an option's own.
 
 The option's arguments belong to its class. What the new class does not take is dropped, unless it was typed on the same
-command line, so that a class of the user's own needs no config file.
+command line, so that a class of the user's own needs no config file. An experiment's file may name a class in the same
+way: what it sets counts as typed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -14,22 +17,46 @@ from lightning_opt.config.signatures import signature_of
 _WORDS = ("_target_", "_partial_", "_convert_", "_recursive_")
 
 
-def adopt_targets(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Drop, in place, the arguments that classes named on the command line do not take."""
-    typed = [word.lstrip("+").partition("=")[0] for word in overrides]
-    for key, value in (word.lstrip("+").split("=", 1) for word in overrides if "._target_=" in word):
-        path = key.removesuffix("._target_")
+def adopt_targets(config: DictConfig, overrides: Sequence[str], folders: Sequence[Path] = ()) -> None:
+    """Drop, in place, the arguments that classes named on the command line or by an experiment do not take.
+
+    Args:
+        config: Composed.
+        overrides: The words of the command line.
+        folders: Where experiments are looked for, the first that has one of a name first.
+    """
+    typed = [word.lstrip("+").partition("=")[0] for word in [*_set_by_experiments(overrides, folders), *overrides]]
+    for path in dict.fromkeys(key.removesuffix("._target_") for key in typed if key.endswith("._target_")):
         node = OmegaConf.select(config, path)
         if not isinstance(node, DictConfig):
             continue
-        accepted = _accepted(value.strip("'\""))
+        accepted = _accepted(str(node["_target_"]))
         if accepted is None:
             continue
-        mine = {word[len(path) + 1 :].partition(".")[0] for word in typed if word.startswith(f"{path}.")}
+        mine = {key[len(path) + 1 :].partition(".")[0] for key in typed if key.startswith(f"{path}.")}
         with open_dict(node):
             for name in [str(name) for name in node if name not in _WORDS]:
                 if name not in accepted and name not in mine:
                     del node[name]
+
+
+def _set_by_experiments(overrides: Sequence[str], folders: Sequence[Path]) -> Iterator[str]:
+    """Yield the dotted keys that the chosen experiments' own files set."""
+    for word in overrides:
+        group, _, names = word.lstrip("+").partition("=")
+        if group != "experiment":
+            continue
+        for name in names.strip("[]").split(","):
+            files = [folder / "experiment" / f"{name.strip()}.yaml" for folder in folders]
+            file = next((file for file in files if file.is_file()), None)
+            if file is not None:
+                yield from _keys(OmegaConf.to_container(OmegaConf.load(file)))
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{name}"
+        yield from _keys(value, f"{prefix}{name}.")
 
 
 def arguments_of_own_classes(overrides: Sequence[str]) -> list[str]:

@@ -121,18 +121,19 @@ def _loss_parts(config: Config) -> LossParts:
     loss = config["loss"]
     task_weight = loss.get("task_weight", 1.0)
     return LossParts(
-        terms=_terms(loss["terms"]),
+        terms=build_terms(loss["terms"]),
         task_weight=make(task_weight, "loss.task_weight") if isinstance(task_weight, dict) else task_weight,
         weighting=build_weighting(config["teacher"]),
         sampling=make(loss["sampling"], "loss.sampling") if loss.get("sampling") else None,
     )
 
 
-def _terms(nodes: Config) -> list[Term]:
+def build_terms(nodes: Config) -> list[Term]:
+    """Make the weighted losses; one that is null was switched off on the command line."""
     terms = []
     for name, node in nodes.items():
         if node is None:
-            continue  # switched off on the command line: loss.terms.kd=null
+            continue
         given = {} if "name" in node else {"name": name}
         terms.append(make(node, f"loss.terms.{name}", **given))
     return terms
@@ -161,7 +162,12 @@ def build_teacher(node: Config, model: nn.Module, name: str = "teacher") -> Teac
     preprocess = make(node["preprocess"], "teacher.preprocess") if node.get("preprocess") else None
     try:
         return Teacher(
-            model, preprocess=preprocess, dtype=node.get("dtype"), compile=bool(node.get("compile")), name=name
+            model,
+            preprocess=preprocess,
+            dtype=node.get("dtype"),
+            compile=bool(node.get("compile")),
+            channels_last=bool(node.get("channels_last")),
+            name=name,
         )
     except ValueError as error:
         raise ConfigError(f"teacher: {error}") from error

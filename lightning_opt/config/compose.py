@@ -103,7 +103,7 @@ def compose_config(line: CommandLine) -> DictConfig:
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             config = compose(line.config_name, overrides=overrides)
-            adopt_targets(config, line.overrides)
+            adopt_targets(config, line.overrides, folders_of(line))
             return config
     except MissingConfigException as error:
         raise ConfigError(_missing_option(error)) from error
@@ -112,6 +112,11 @@ def compose_config(line: CommandLine) -> DictConfig:
         if fuller != line:
             return compose_config(fuller)
         raise ConfigError(_explain(error, line)) from error
+
+
+def folders_of(line: CommandLine) -> list[Path]:
+    """Return the folders that a command line's options come from."""
+    return [Path(line.config_path or conf_dir()), *([Path(line.config_dir)] if line.config_dir else [])]
 
 
 def with_arguments_of_classes(line: CommandLine) -> CommandLine:

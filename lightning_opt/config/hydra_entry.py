@@ -19,6 +19,7 @@ from lightning_opt.config.checks import check
 from lightning_opt.config.compose import (
     CommandLine,
     compose_config,
+    folders_of,
     normalise,
     plain,
     unresolved_yaml,
@@ -47,7 +48,7 @@ def sweep(line: CommandLine, *, run_one: RunOne) -> int:
         check(plain(compose_config(CommandLine(**{**vars(line), "overrides": overrides, "multirun": False}))))
 
     def job(config: DictConfig) -> Any:
-        adopt_targets(config, list(HydraConfig.get().overrides.task))
+        adopt_targets(config, list(HydraConfig.get().overrides.task), folders_of(line))
         values = plain(config)
         values["run_dir"] = str(Path(HydraConfig.get().runtime.output_dir).resolve())
         return run_one(values, unresolved_yaml(config))

@@ -71,6 +71,7 @@ PLAIN: dict[str, dict[str, Key]] = {
         "preprocess": NODE,
         "dtype": Key("Literal['float32', 'bfloat16', 'float16'] | None"),
         "compile": Key("bool"),
+        "channels_last": Key("bool"),
         "cache": NODE,
         "weighting": NODE,
         "init_student": Key("dict[str, str] | None"),

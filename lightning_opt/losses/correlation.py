@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_opt.losses.base import DistillationLoss, Signals, Supervision
 from lightning_opt.losses.divergence import paired, soft_log_probs
+from lightning_opt.losses.layers import exact
 from lightning_opt.losses.logit import kd
 from lightning_opt.losses.reduce import masked_mean
 from lightning_opt.losses.schedules import Schedule, check_value, value_at
@@ -36,7 +37,8 @@ def dist(
 
     Huang, You, Wang, Qian, Xu (2022), "Knowledge Distillation from A Stronger Teacher", arXiv 2205.10536, section 3:
     `inter` over the classes of each sample, `intra` over the samples for each class, with the Pearson distance
-    1 - cov(u, v) / (std(u) std(v)); times T squared, as in its authors' code.
+    1 - cov(u, v) / (std(u) std(v)); times T squared, and with 1e-8 added below the fraction, as in its authors' code: a
+    class of which the batch holds next to nothing counts as uncorrelated and has no gradient.
 
     Args:
         student_logits: `(..., C)`; all axes but the last are samples.
@@ -70,8 +72,9 @@ def gram_gaps(student: Tensor, teacher: Tensor, count: Tensor | int) -> tuple[Te
     Returns:
         Two scalars: the batch level, divided by `count`, and the class level, divided by C.
     """
-    batch = (student @ student.T - teacher @ teacher.T).square().sum() / count
-    classes = (student.T @ student - teacher.T @ teacher).square().sum() / student.shape[-1]
+    with exact(student):
+        batch = (student @ student.T - teacher @ teacher.T).square().sum() / count
+        classes = (student.T @ student - teacher.T @ teacher).square().sum() / student.shape[-1]
     return batch, classes
 
 

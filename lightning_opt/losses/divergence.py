@@ -81,5 +81,5 @@ def standardize(logits: Tensor, *, smallest: float = 1e-3) -> Tensor:
     known = logits.masked_fill(ruled_out, 0.0)
     centred = (known - known.sum(dim=-1, keepdim=True) / count).masked_fill(ruled_out, 0.0)
     # vector_norm has gradient 0 for equal logits, where a square root would give NaN.
-    deviation = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / count.sqrt()
+    deviation = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / count.to(logits.dtype).sqrt()
     return (centred / deviation.clamp(min=smallest)).masked_fill(ruled_out, -torch.inf)

@@ -1,7 +1,7 @@
 """Which layers of two networks go together, and what losses over layers share."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
@@ -60,7 +60,8 @@ def pair_names(layers: Mapping[str, str], student: Iterable[str], teacher: Itera
 
 def exact(x: Tensor) -> AbstractContextManager[None]:
     """Switch autocast off: matrix products inside a loss keep the precision of their inputs."""
-    return torch.autocast(x.device.type, enabled=False)
+    # A tensor without data has no autocast to switch off.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def flatten(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -163,6 +163,7 @@ class OnPolicy:
         *,
         step: int,
         seed: int,
+        rank: int = 0,
     ) -> tuple[Tensor | Mapping[str, Tensor], Tensor]:
         """Return the batch of one step: as it is, or prompts and samples.
 
@@ -172,7 +173,8 @@ class OnPolicy:
             student_predict: Maps `(B, T)` ids to `(B, T, V)` logits; best in eval mode, for dropout would be drawn too.
             teacher_predict: The same for the teacher.
             step: Number of the training step.
-            seed: Seed of the run, and of the rank where ranks should write different samples.
+            seed: Seed of the run, the same on every rank: whether a batch is replaced must not differ between them.
+            rank: Ranks write different samples.
 
         Raises:
             ValueError: The prompt is longer than the batch, or the batch has an entry that samples cannot have.
@@ -186,7 +188,7 @@ class OnPolicy:
             max_new_tokens=self.max_new_tokens or ids.shape[1] + 1 - self.prompt_length,
             temperature=self.temperature,
             top_k=self.top_k,
-            generator=_generator(f"sample/{seed}/{step}", ids.device),
+            generator=_generator(f"sample/{seed}/{step}" + (f"/{rank}" if rank else ""), ids.device),
             context_length=self.context_length,
             eos_id=self.eos_id,
             pad_id=self.pad_id,

@@ -18,7 +18,7 @@ from lightning_opt.losses import DistillationLoss, OnPolicy, Signals, Supervisio
 from lightning_opt.losses.schedules import Schedule
 from lightning_opt.losses.teachers import FixedWeights, TeacherWeights
 from lightning_opt.modules.base import OptimizerFactory, SchedulerFactory, TaskModule
-from lightning_opt.modules.matching import ask_once, check_match, look, mix_of, refuse_features_from_cache
+from lightning_opt.modules.matching import ask_once, check_match, look, mix_of, readers_of_features
 from lightning_opt.modules.taps import FeatureTaps
 from lightning_opt.modules.teacher import Teacher
 from lightning_opt.modules.teacher_cache import TeacherCache
@@ -82,8 +82,11 @@ class Distillation(TaskModule):
         self.cache = cache
         self._student_taps: FeatureTaps | None = None
         self._is_built = False
-        if cache is not None:
-            refuse_features_from_cache(self._each_term())
+        if cache is not None and (readers := readers_of_features(self._each_term())):
+            raise ConfigError(
+                f"loss.terms.{readers[0]} reads the teacher's features and teacher.cache holds only its logits; "
+                "set teacher.cache=null or drop this loss"
+            )
 
     @property
     def student(self) -> nn.Module:
@@ -216,8 +219,9 @@ class Distillation(TaskModule):
             lambda ids: self.task.logits(self.model, ids),
             lambda ids: self.teachers[0](ids).logits,
             step=self.global_step,
-            # Ranks write different samples; a resumed run writes the same ones.
-            seed=mix(int(os.environ.get("PL_GLOBAL_SEED", "0")), self.global_rank),
+            # A resumed run writes the same samples.
+            seed=mix(int(os.environ.get("PL_GLOBAL_SEED", "0")), 0),
+            rank=self.global_rank,
         )
         self.model.train(was_training)
         if inputs is example.inputs:

@@ -53,15 +53,6 @@ def check_match(student: Tensor, teacher: Tensor, name: str) -> None:
         )
 
 
-def refuse_features_from_cache(terms: Sequence[Term]) -> None:
-    """Refuse losses that read what stored answers do not hold.
-
-    Raises:
-        ConfigError: One reads the teacher's features.
-    """
-    for term in terms:
-        if "features" in term.loss.needs or term.loss.teacher_taps:
-            raise ConfigError(
-                f"loss.terms.{term.name} reads the teacher's features and teacher.cache holds only its logits; "
-                "set teacher.cache=null or drop this loss"
-            )
+def readers_of_features(terms: Sequence[Term]) -> list[str]:
+    """Return the names of the losses that read more of a teacher than its logits, which is all that can be stored."""
+    return [term.name for term in terms if "features" in term.loss.needs or term.loss.teacher_taps]

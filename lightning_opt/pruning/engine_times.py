@@ -1,7 +1,7 @@
 """Time a layer inside the engine that will run it: ONNX Runtime or OpenVINO, one thread.
 
-Both say how long each kernel took. What they add around a lone layer (bringing its input into their own layout and back)
-does not happen between the layers of a model, and is left out.
+Both say how long each kernel took. What they add around a lone layer (bringing its input into their own layout and
+back) does not happen between the layers of a model, and is left out.
 """
 
 import json

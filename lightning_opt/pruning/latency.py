@@ -1,13 +1,15 @@
 """Cut where it saves time: the widths that lose least importance for each millisecond."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
+from lightning_opt.forward import Inputs
 from lightning_opt.pruning.layer_times import AnalyticTimes, Layer, MeasuredTimes, Times, layers_of, time_in_torch
 from lightning_opt.pruning.structure import Group, Structure
 from lightning_opt.pruning.widths import Sizes, Structures, least_size
@@ -19,14 +21,14 @@ __all__ = ["AnalyticTimes", "LatencyAware", "Layer", "MeasuredTimes", "Times", "
 class LatencyAware(Sizes):
     """Greedy: again and again cut where the least importance is lost for each millisecond that is saved.
 
-    With it the ratio is the share of the layers' time that goes, or of their floating point operations. The loss of a group is minus the logarithm of the
-    share of its scores that stays: what passes through the model is a product over its layers, so that half of two
-    layers is cheaper than all but a tenth of one, and scores need not be comparable across groups. In the manner of
-    Shen, Yin, Molchanov, Mao, Liu, Alvarez (2022), "Structural Pruning via Latency-Saliency Knapsack" (HALP), arXiv
-    2210.06659, with a greedy choice in place of their knapsack solver.
+    With it the ratio is the share of the layers' time that goes, or of their floating point operations. The loss of a
+    group is minus the logarithm of the share of its scores that stays: what passes through the model is a product over
+    its layers, so that half of two layers is cheaper than all but a tenth of one, and scores need not be comparable
+    across groups. In the manner of Shen, Yin, Molchanov, Mao, Liu, Alvarez (2022), "Structural Pruning via
+    Latency-Saliency Knapsack" (HALP), arXiv 2210.06659, with a greedy choice in place of their knapsack solver.
 
     Args:
-        layers: As `layers_of(model, example_inputs)` finds them.
+        layers: As `layers_of(model, example_inputs)` finds them; `for_model` finds them when not given.
         times: How long a layer takes at a width.
         max_ratio: No group loses a larger share of its units than this.
         of: What the ratio is of: "time", or "flops" for the fastest model of a given size. Either way time is what
@@ -36,18 +38,22 @@ class LatencyAware(Sizes):
         ValueError: There is no layer, `max_ratio` is not in (0, 1], or `of` is not known.
     """
 
-    layers: Sequence[Layer]
+    layers: Sequence[Layer] | None = None
     times: Times = field(default_factory=AnalyticTimes)
     max_ratio: float = 0.9
     of: Literal["time", "flops"] = "time"
 
     def __post_init__(self) -> None:
-        if not self.layers:
+        if self.layers is not None and not self.layers:
             raise ValueError("layers is empty: the model has no convolution or linear layer whose time is known")
         if not 0.0 < self.max_ratio <= 1.0:
             raise ValueError(f"max_ratio must be more than 0 and at most 1, not {self.max_ratio}")
         if self.of not in ("time", "flops"):
             raise ValueError(f"of={self.of!r}: the ratio is of the 'time' or of the 'flops'")
+
+    @override
+    def for_model(self, model: nn.Module, example_inputs: Inputs) -> "LatencyAware":
+        return self if self.layers is not None else replace(self, layers=layers_of(model, example_inputs))
 
     def sizes(
         self,
@@ -58,6 +64,8 @@ class LatencyAware(Sizes):
         ratio: float,
         pattern: Structures,
     ) -> dict[str, int]:
+        if self.layers is None:
+            raise ValueError("layers is not given: use for_model(model, example_inputs)")
         state = _Greedy(self, structure, groups, scores, pattern)
         whole = state.left()
         while state.left() > (1.0 - ratio) * whole * (1 + 1e-12):
@@ -86,11 +94,13 @@ class _Greedy:
         self.losses = {group.name: _losses(scores[group.name]) for group in groups}
         self.step = {group.name: pattern.step(group) for group in groups}
         self.least = {g.name: least_size(g, pattern, share=1.0 - how.max_ratio) for g in groups}
+        self.known_ms: dict[tuple[int, int, int], float] = {}
         self.touched: dict[str, list[Layer]] = defaultdict(list)
-        for layer in how.layers:
+        self.layers = how.layers or ()
+        for layer in self.layers:
             for name in self.lengths.groups_of(layer.weight):
                 self.touched[name].append(layer)
-        self.layer_ms = {id(layer): self._ms(layer) for layer in how.layers}
+        self.layer_ms = {id(layer): self._ms(layer) for layer in self.layers}
         self.total_ms = sum(self.layer_ms.values())
         self.next: dict[str, tuple[float, int] | None] = {name: self._best_cut(name) for name in self.groups}
 
@@ -98,10 +108,13 @@ class _Greedy:
         """Return what is left of what the ratio is of."""
         if self.how.of == "time":
             return self.total_ms
-        return sum(layer.flops(*self._widths(layer)) for layer in self.how.layers)
+        return sum(layer.flops(*self._widths(layer)) for layer in self.layers)
 
     def _ms(self, layer: Layer) -> float:
-        return self.how.times.ms(layer, *self._widths(layer))
+        place = (id(layer), *self._widths(layer))
+        if place not in self.known_ms:
+            self.known_ms[place] = self.how.times.ms(layer, *place[1:])
+        return self.known_ms[place]
 
     def _widths(self, layer: Layer) -> tuple[int, int]:
         outputs = self.lengths.at(layer.weight, layer.out_dim, layer.shape[layer.out_dim], self.kept)
@@ -111,11 +124,14 @@ class _Greedy:
         return outputs, inputs
 
     def _best_cut(self, name: str) -> tuple[float, int] | None:
-        """Return the least loss per millisecond of all smaller sizes of a group, and that size."""
+        """Return the least loss per millisecond of the smaller sizes of a group, and that size."""
         now, size, best = self.kept[name], self.groups[name].size, None
         before = sum(self.layer_ms[id(layer)] for layer in self.touched[name])
-        start = (now - 1) // self.step[name] * self.step[name]
-        for smaller in range(start, self.least[name] - 1, -self.step[name]):
+        nearest = (now - 1) // self.step[name]
+        for further in _looks(nearest):
+            smaller = (nearest - further) * self.step[name]
+            if smaller < self.least[name]:
+                break
             self.kept[name] = smaller
             saved = before - sum(self._ms(layer) for layer in self.touched[name])
             lost = self.losses[name][size - smaller] - self.losses[name][size - now]
@@ -174,6 +190,14 @@ class Lengths:
         for group, indices in parts:
             left *= 1.0 - indices.numel() / full * (1.0 - kept[group.name] / group.size)
         return max(round(left), 1)
+
+
+def _looks(steps: int) -> Iterator[int]:
+    """Yield how many steps beyond the nearest to look: each within a lane of 16, then further and further apart."""
+    further = 0
+    while further <= steps:
+        yield further
+        further += 1 if further < 16 else max(8, further // 3)
 
 
 def _losses(scores: Tensor) -> list[float]:

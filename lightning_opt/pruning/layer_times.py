@@ -93,18 +93,21 @@ class AnalyticTimes(Times):
 
 @dataclass
 class MeasuredTimes(Times):
-    """Each layer timed on this machine at a few widths; in between is interpolated. Layers of one shape are timed once.
+    """Each layer timed on this machine at a few widths, each shape once; in between is interpolated.
+
+    Below the least width that was timed a layer takes its part of that time: the line would end below zero.
 
     Args:
         timer: Times a layer on an input, in milliseconds; `time_in_torch` when not given. Give your
             engine's, such as `time_in_onnxruntime`.
         step: Widths that are timed are multiples of it.
-        parts: Into how many parts the range of widths is divided.
+        points: How many widths are timed along each axis: all of it, a half, a quarter and so on, since it is at small
+            widths that engines lose their speed.
     """
 
     timer: Timer | None = None
     step: int = 16
-    parts: int = 4
+    points: int = 4
     _known: dict[Any, tuple[list[int], list[int], list[list[float]]]] = field(default_factory=dict, repr=False)
 
     def ms(self, layer: Layer, outputs: int, inputs: int) -> float:
@@ -112,6 +115,7 @@ class MeasuredTimes(Times):
         if key not in self._known:
             self._known[key] = self._measure(layer)
         rows, columns, table = self._known[key]
+        below = min(outputs / rows[0], 1.0) * (1.0 if layer.is_depthwise else min(inputs / columns[0], 1.0))
         at_row, row_part = _between(rows, outputs)
         at_column, column_part = _between(columns, inputs)
         last_row, last_column = len(rows) - 1, len(columns) - 1
@@ -121,10 +125,10 @@ class MeasuredTimes(Times):
         ]
         low = corners[0] + column_part * (corners[1] - corners[0])
         high = corners[2] + column_part * (corners[3] - corners[2])
-        return low + row_part * (high - low)
+        return below * (low + row_part * (high - low))
 
     def _measure(self, layer: Layer) -> tuple[list[int], list[int], list[list[float]]]:
-        rows, columns = (_grid(width, self.step, self.parts) for width in layer.widths)
+        rows, columns = (_grid(width, self.step, self.points) for width in layer.widths)
         timer = self.timer or time_in_torch
         if layer.is_depthwise:
             times = [timer(*_build(layer, width, width)) for width in rows]
@@ -195,23 +199,31 @@ def _build(layer: Layer, outputs: int, inputs: int) -> tuple[nn.Module, Tensor]:
     """Make a layer of other widths and an input for it."""
     shape = list(layer.input_shape)
     if layer.options is None:
-        return nn.Linear(inputs, outputs), torch.randn(*shape[:-1], inputs)
+        return _filled(nn.Linear, inputs, outputs), torch.randn(*shape[:-1], inputs)
     shape[1] = inputs
     turned = layer.out_dim == 1
     plain = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
     kind: Any = {3: nn.ConvTranspose1d, 4: nn.ConvTranspose2d, 5: nn.ConvTranspose3d}[len(shape)] if turned else plain
     groups = inputs if layer.is_depthwise else 1
-    return kind(inputs, outputs, groups=groups, **layer.options), torch.randn(*shape)
+    return _filled(kind, inputs, outputs, groups=groups, **layer.options), torch.randn(*shape)
 
 
-def _grid(width: int, step: int, parts: int) -> list[int]:
-    points = {max(round(width * part / parts / step) * step, min(step, width)) for part in range(1, parts)}
-    return sorted({point for point in points if point < width} | {width})
+def _filled(kind: Any, *args: Any, **options: Any) -> nn.Module:
+    """Make a layer without drawing its weights, which takes longer than to time it; all are of usual size."""
+    layer: nn.Module = nn.utils.skip_init(kind, *args, **options)
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 0.01)
+    return layer
+
+
+def _grid(width: int, step: int, points: int) -> list[int]:
+    found = {max(round(width / 2**halved / step) * step, step) for halved in range(1, points)}
+    return sorted({point for point in found if point < width} | {width})
 
 
 def _between(points: Sequence[int], value: int) -> tuple[int, float]:
-    """Return the place of the point below `value` and how far it is to the next; below the first is a part of it."""
-    if len(points) == 1:
+    """Return the place of the point below `value` and how far it is to the next; the first where there is none."""
+    if len(points) == 1 or value <= points[0]:
         return 0, 0.0
     place = min(max(bisect_left(points, value) - 1, 0), len(points) - 2)
     return place, (value - points[place]) / (points[place + 1] - points[place])

@@ -53,7 +53,7 @@ def best(scores: Sequence[Tensor], count: int) -> list[Tensor]:
 def kth_largest(scores: Sequence[Tensor], count: int) -> float:
     """Return the `count`-th largest of all scores together, `count` from 1."""
     if sum(score.numel() for score in scores) <= _FEW:
-        return _kth_of_few(torch.cat(list(scores)), [count])[0]
+        return _kth_of_few(_together(scores), [count])[0]
     upper = _histogram(scores, shift=16, low=-_HALF, high=_HALF - 1)
     low = (_bin_of(upper, count) - 1 - _HALF) * (1 << 16)
     lower = _histogram(scores, shift=0, low=low, high=low + (1 << 16) - 1)
@@ -63,13 +63,13 @@ def kth_largest(scores: Sequence[Tensor], count: int) -> float:
 
 def count_true(mask: Tensor) -> int:
     """Count what is True in a bool tensor."""
-    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.count_nonzero())
+    return int(np.count_nonzero(mask.numpy())) if _on_cpu(mask) else int(mask.count_nonzero())
 
 
 def falling_order(scores: Tensor) -> Tensor:
     """Return one-dimensional scores as float32, the largest first."""
     scores = scores.detach().float()
-    if scores.device.type == "cpu":
+    if _on_cpu(scores):
         return torch.from_numpy(np.sort(scores.numpy())).flip(0)
     return scores.sort(descending=True).values
 
@@ -115,7 +115,7 @@ def _best_near_sample(flat: Sequence[Tensor], count: int, *, total: int) -> list
 def _stretch(flat: Sequence[Tensor], count: int, *, total: int) -> tuple[float, float]:
     """Return two scores: the count-th largest is very likely above the first, and not above the second."""
     step = max(total // _SAMPLE, 32 if total < 32 * _SAMPLE else 1)
-    sample = torch.cat([score[min(step // 2, len(score) - 1) :: step] for score in flat if len(score)])
+    sample = _together([score[min(step // 2, len(score) - 1) :: step] for score in flat if len(score)])
     size, share = len(sample), count / total
     margin = _MARGIN * (share * (1 - share) * size) ** 0.5 + len(flat) + 2
     first, last = int(share * size - margin), int(share * size + margin)
@@ -126,24 +126,30 @@ def _stretch(flat: Sequence[Tensor], count: int, *, total: int) -> tuple[float, 
 def _kth_of_few(scores: Tensor, counts: list[int]) -> list[float]:
     """Return the count-th largest for each of `counts` by ordering a copy."""
     places = [len(scores) - count for count in counts]
-    if scores.device.type == "cpu":
+    if _on_cpu(scores):
         ordered = np.partition(scores.numpy(), places)
         return [float(ordered[place]) for place in places]
     return scores.sort().values[places].tolist()
 
 
-# On a CPU numpy compares and counts more than twice as fast as torch, and both see the same memory.
+def _together(scores: Sequence[Tensor]) -> Tensor:
+    return torch.cat([score.to(scores[0].device) for score in scores])
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    """Say whether numpy sees the tensor's memory; it compares and counts more than twice as fast as torch there."""
+    return tensor.device.type == "cpu"
 
 
 def _above(scores: Tensor, threshold: float, *, out: Tensor) -> Tensor:
-    if scores.device.type != "cpu":
+    if not _on_cpu(scores):
         return torch.gt(scores, threshold, out=out)
     np.greater(scores.numpy(), np.float32(threshold), out=out.numpy())
     return out
 
 
 def _true_places(mask: Tensor) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if _on_cpu(mask) else mask.nonzero().squeeze(1)
 
 
 def _bin_of(histogram: Tensor, count: int) -> int:
@@ -165,7 +171,7 @@ def _histogram(flat: Sequence[Tensor], *, shift: int, low: int, high: int) -> Te
 
 def _chunks(score: Tensor, *, larger: int = 1) -> Iterator[tuple[int, Tensor]]:
     """Yield parts that fit a core's cache with their first place; a device other than the CPU takes all at once."""
-    size = _CHUNK * larger if score.device.type == "cpu" else max(len(score), 1)
+    size = _CHUNK * larger if _on_cpu(score) else max(len(score), 1)
     return ((start, score[start : start + size]) for start in range(0, len(score), size))
 
 

@@ -139,7 +139,8 @@ def shrink(
     check_ignored(model, ignore)
     structure = trace(model, example_inputs, ignore=ignore)
     scores = score(structure, pattern.of(structure), model, importance, statistics, seed=seed)
-    kept = choose(structure, scores, ratio=ratio, of=of, pattern=pattern, allocation=allocation)
+    how = _allocation(allocation).for_model(model, example_inputs)
+    kept = choose(structure, scores, ratio=ratio, of=of, pattern=pattern, allocation=how)
     if not kept:
         return Recipe()
     edit = structure.edit(kept)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_opt.forward import Inputs
 from lightning_opt.pruning.structure import Group, Structure
 
 KINDS = ("channels", "heads", "hidden")
@@ -91,6 +92,10 @@ class Sizes(ABC):
         Raises:
             ValueError: The ratio cannot be reached.
         """
+
+    def for_model(self, model: nn.Module, example_inputs: Inputs) -> "Sizes":
+        """Return the rule with what it must know of the model, such as its layers."""
+        return self
 
     def most(self, groups: Sequence[Group], pattern: Structures) -> float:
         """Return the largest ratio that can be asked for."""

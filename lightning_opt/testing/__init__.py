@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_opt.testing.losses import check_loss
     from lightning_opt.testing.models import ModelCheck, check_model
+    from lightning_opt.testing.prune import check_pruner
     from lightning_opt.testing.resume import Fit, check_resume, compare_checkpoints
 
 _HOME = {
@@ -13,11 +14,12 @@ _HOME = {
     "ModelCheck": "models",
     "check_loss": "losses",
     "check_model": "models",
+    "check_pruner": "prune",
     "check_resume": "resume",
     "compare_checkpoints": "resume",
 }
 
-__all__ = ["Fit", "ModelCheck", "check_loss", "check_model", "check_resume", "compare_checkpoints"]
+__all__ = ["Fit", "ModelCheck", "check_loss", "check_model", "check_pruner", "check_resume", "compare_checkpoints"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,8 @@
 """When checkpoints are written, which are kept, and what is refused."""
 
+import errno
 import functools
+import os
 import warnings
 from pathlib import Path
 
@@ -156,6 +158,25 @@ def test_a_full_disk_is_found_before_the_first_step(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"need about \d+ bytes, 1000 are free"):
         train(tmp_path)
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_a_disk_that_fills_up_leaves_all_versions_as_they_were(tmp_path, monkeypatch, keep):
+    class Fills(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 4:
+                monkeypatch.setattr(os, "write", full)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageError, match=r"last\.ckpt.*No space left"):
+        train(tmp_path, callbacks=[Fills], every_n_steps=1, keep=keep)
+    monkeypatch.undo()
+    kept = {"last.ckpt": 3, "previous.ckpt": 2, "previous-2.ckpt": 1}
+    assert {path.name: step_of(path) for path in tmp_path.glob("*.ckpt")} == dict(list(kept.items())[:keep])
+    assert find_checkpoint(tmp_path).name == "last.ckpt"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_leftovers_of_a_dead_process_are_swept_at_the_start(tmp_path):

@@ -72,7 +72,7 @@ def test_refused_by_the_classes_themselves(words, says, tmp_path):
     ("words", "says", "imported"),
     [
         (["model._target_=lightning_opt.models.ConvNet", "model.widths=[]"], "widths", []),
-        (["+experiment=distill", "+loss.terms.kd.loss.standardize=3"], "standardize", []),
+        (["+experiment=distill", "loss=crd", "loss.terms.crd.loss.n_negatives=0"], "n_negatives=0", []),
         (["trainer.accelerator=cuda"], "trainer.accelerator=cuda", []),
         (["+trainer.gradient_clip_algorithm=abc"], "abc", ["lightning", "torchmetrics"]),
     ],

@@ -30,7 +30,6 @@ def test_what_the_experiments_ask_for_passes():
         (["optimizer=sgd", "+optimizer.dampening=0.5"], "optimizer: Nesterov"),
         (["scheduler._target_=torch.optim.lr_scheduler.ExponentialLR", "+scheduler.gamma=0.5"], "scheduler: .*total"),
         ([*DISTILL, "+loss.terms.kd.name=task"], "loss: losses: the name 'task' is taken twice"),
-        ([*DISTILL, "teacher.cache={outputs: full}", "loss=similarity_preserving"], "teacher.cache=null"),
         ([*DISTILL, "teacher.model.widths=[]"], "teacher.model .*widths"),
         (["task.num_outputs=7"], "set task.num_outputs=10"),
     ],

@@ -107,6 +107,15 @@ def test_stored_answers_are_found_again_and_replace_the_teacher(config):
     assert find_cache(values, found.teachers, build_data(values), task).folder == cache.folder
 
 
+def test_stored_answers_give_way_to_losses_that_read_features(config, caplog, monkeypatch):
+    """The distill experiment stores answers; another loss of the user's must not need to know that."""
+    monkeypatch.setattr(teachers.log, "propagate", True)
+    values = config("loss=[kd,similarity_preserving]")
+    found = find_teachers(values)
+    assert find_cache(values, found.teachers, build_data(values), build_task(values)) is None
+    assert "similarity_preserving reads the teacher's features" in caplog.text
+
+
 def test_unseeded_augmentation_is_refused_by_the_cache(config):
     values = config()
     found = find_teachers(values)

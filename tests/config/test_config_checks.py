@@ -115,3 +115,22 @@ def test_both_spellings_of_experiment_and_stage_switches():
 
 def test_baseline_without_teacher_is_a_warning():
     assert any("baseline" in warning for warning in check(composed("baseline=true")))
+
+
+def test_an_experiment_may_name_a_class_of_the_users_own(tmp_path, monkeypatch):
+    """Of the option in whose place it stands only what the class takes is kept; what the file sets is checked."""
+    (tmp_path / "my_net.py").write_text(
+        "import torch\nclass Net(torch.nn.Linear):\n    def __init__(self, width: int = 3, dropout: float = 0.5): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    place = tmp_path / "conf" / "experiment"
+    place.mkdir(parents=True)
+    (place / "mine.yaml").write_text("# @package _global_\nmodel:\n  _target_: my_net.Net\n  width: 7\n")
+    (place / "wrong.yaml").write_text("# @package _global_\nmodel:\n  _target_: my_net.Net\n  widht: 7\n")
+    words = ("--config-dir", str(tmp_path / "conf"), "model=cnn_small")
+    config = composed(*words, "+experiment=mine")
+    check(config)
+    assert set(config["model"]) - {"dropout"} == {"_target_", "width"}
+    assert config["model"]["width"] == 7
+    assert "did you mean model.width" in refused(*words, "+experiment=wrong")
+    assert "takes no such argument" in refused(*words, "+experiment=mine", "++model.hidden=3")

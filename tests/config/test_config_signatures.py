@@ -21,6 +21,11 @@ TARGETS = [
     "lightning_opt.checkpointing.SaveCheckpoints",
     "lightning_opt.modules.schedulers.cosine",
     "lightning_opt.strategies.ddp",
+    "lightning_opt.callbacks.Prune",
+    "lightning_opt.pruning.ERK",
+    "lightning_opt.pruning.RigL",
+    "lightning_opt.pruning.Wanda",
+    "lightning_opt.pruning.LatencyAware",
 ]
 
 

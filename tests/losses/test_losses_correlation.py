@@ -110,6 +110,12 @@ class TestGramGaps:
         assert batch.item() == pytest.approx(0.0, abs=1e-12)
         assert classes.item() > 1e-4
 
+    def test_keeps_its_precision_under_autocast(self, rng):
+        pair = [torch.tensor(softmax(rng.normal(size=(64, C)))).float() for _ in range(2)]
+        expected = gram_gaps(*pair, 64)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(gram_gaps(*pair, 64), expected, rtol=1e-6, atol=0)
+
 
 class TestMultiLevel:
     def test_one_level_alone_is_kd(self, rng):

@@ -248,6 +248,17 @@ def test_dkd_with_two_classes_is_all_in_the_target_part():
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("classes", [3, 10, 1000])
+def test_standardized_logits_are_exact_in_float64(classes):
+    """Also where the number of classes has no exact root: a root in float32 would be off by 1e-8."""
+    z = np.random.default_rng(0).normal(size=(4, classes))
+    np.testing.assert_allclose(standardize(torch.tensor(z)).numpy(), np_standardize(z), rtol=1e-12, atol=1e-13)
+    half = torch.tensor(z).bfloat16()
+    wide = standardize(half)
+    assert wide.dtype == torch.float32
+    np.testing.assert_allclose(wide.double().numpy(), np_standardize(half.double().numpy()), rtol=1e-5, atol=1e-6)
+
+
 def test_standardized_logits_of_equal_classes_have_a_gradient():
     z = torch.zeros(2, 4, requires_grad=True)
     standardize(z)[:, 0].sum().backward()

@@ -184,6 +184,22 @@ class TestOnPolicy:
         assert same_ids is ids
         assert same_labels is labels
 
+    def test_ranks_replace_the_same_batches_and_write_different_samples(self):
+        """A rank that alone replaces its batch has no loss on labels to log, and the others wait for it for ever."""
+        policy = OnPolicy(fraction=0.5, prompt_length=2)
+        ids, labels = torch.randint(5, (8, 12)), torch.randint(5, (8, 12))
+
+        def written(rank):
+            return [policy.mix(ids, labels, even, even, step=step, seed=0, rank=rank)[0] for step in range(20)]
+
+        def even(tokens):
+            return torch.zeros(*tokens.shape, 5)
+
+        first, second = written(0), written(1)
+        assert [new is ids for new in first] == [new is ids for new in second]
+        assert any(new is ids for new in first)
+        assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not ids)
+
     def test_a_step_is_replayable_and_steps_differ(self):
         ids, labels = torch.zeros(4, 16, dtype=torch.long), torch.zeros(4, 16, dtype=torch.long)
         policy = OnPolicy(fraction=1.0, prompt_length=1)

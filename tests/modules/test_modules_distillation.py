@@ -191,6 +191,20 @@ def test_teacher_in_half_precision_answers_in_float32_and_keeps_the_given_networ
         Teacher(model, dtype="int3")
 
 
+def test_channels_last_answers_alike_and_leaves_the_callers_network_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
+    x = torch.randn(5, 3, 8, 8)
+    seen = []
+    plain, fast = Teacher(model), Teacher(model, channels_last=True)
+    fast.answering[0].register_forward_hook(lambda _, given, out: seen.extend([given[0], out]))
+    torch.testing.assert_close(fast(x).logits, plain(x).logits, rtol=1e-5, atol=1e-5)
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in seen)
+    assert len(seen) == 2
+    assert model[0].weight.is_contiguous()
+    assert torch.equal(fast(x).logits, fast(x.contiguous(memory_format=torch.channels_last)).logits)
+
+
 def test_teacher_preprocesses_for_itself():
     model = net(9)
     x, _ = next(iter(loader()))

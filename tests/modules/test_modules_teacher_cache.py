@@ -91,8 +91,9 @@ def test_key_changes_with_whatever_the_answers_depend_on():
         cache_key([teacher()], **{**base, "versions": 2}),
         cache_key([teacher()], **{**base, "weighting": FixedWeights([1.0])}),
         cache_key([Teacher(teacher().model, dtype="bfloat16")], **base),
+        cache_key([Teacher(teacher().model, channels_last=True)], **base),
     }
-    assert len(keys) == 6
+    assert len(keys) == 7
     assert cache_key([teacher()], **base) == cache_key([teacher()], **base)
 
 

@@ -116,7 +116,8 @@ def test_measured_times_are_those_of_the_timer_and_bilinear_in_between(model):
     layer, times = layers_of(model, X)[0], MeasuredTimes(timer)
     for outputs, inputs in ((64, 8), (32, 8), (40, 8), (23, 8)):
         assert times.ms(layer, outputs, inputs) == pytest.approx(outputs * inputs / 100 + 1)
-    assert calls == [(16, 8), (32, 8), (48, 8), (64, 8)]  # each once
+    assert calls == [(16, 8), (32, 8), (64, 8)]  # each once
+    assert times.ms(layer, 4, 8) == pytest.approx((16 * 8 / 100 + 1) / 4)
     depthwise = nn.Conv2d(32, 32, 3, groups=32)
     (layer,) = layers_of(depthwise, torch.zeros(1, 32, 6, 6))
     assert layer.is_depthwise
@@ -142,3 +143,23 @@ def test_bad_requests(model, structure):
         choose(structure, scores, ratio=0.5, allocation=LatencyAware(layers, Macs(), max_ratio=1.0))
     with pytest.raises(ValueError, match="of='flops'"):
         choose(structure, scores, of="flops", allocation=LatencyAware(layers))
+
+
+def test_of_flops_the_ratio_is_of_them_and_time_decides_where(model, structure):
+    """With a timer that takes only `slow` to cost time, only it is cut, until the model has half of its operations."""
+
+    class SlowOnly(Times):
+        def ms(self, layer, outputs, inputs):
+            return float(outputs) if layer.weight == "slow.weight" else 0.0
+
+    layers, scores = layers_of(model, X), {"slow": torch.ones(64), "fast": torch.ones(64)}
+    how = LatencyAware(layers, SlowOnly(), of="flops")
+    kept = choose(structure, scores, ratio=0.5, allocation=how, round_to=8)
+    assert set(kept) == {"slow"}
+    whole = structure.flops()
+    assert structure.flops(kept) <= 0.5 * whole < structure.flops({"slow": range(len(kept["slow"]) + 8)})
+    assert sum(layer.flops(*layer.widths) for layer in layers) == whole
+    with pytest.raises(ValueError, match=r"ratio=0\.99 of the flops cannot be reached"):
+        choose(structure, scores, ratio=0.99, allocation=how)
+    with pytest.raises(ValueError, match="of='macs'"):
+        LatencyAware(layers, of="macs")

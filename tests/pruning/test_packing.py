@@ -157,6 +157,7 @@ LIES = {
     "shape of bools": lambda t, e: e["w"].update(shape=[True, 256]),
     "dense shape": lambda t, e: e["d"].update(shape=[1 << 40]),
     "values missing": lambda t, e: t.update({"w::values": t["w::values"][:-1]}),
+    "values as a matrix": lambda t, e: t.update({"w::values": t["w::values"].view(4, 4)}),
     "values of another type": lambda t, e: t.update({"w::values": t["w::values"].double()}),
     "bits of another type": lambda t, e: t.update({"w::bits": t["w::bits"].to(torch.int64)}),
     "one bit more": lambda t, e: t.update({"w::bits": t["w::bits"] | 2}),

@@ -27,18 +27,27 @@ def by_sorting(tensors, count):
     return np.split(mask, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
 
 
-@given(st.lists(st.lists(FLOATS, min_size=1, max_size=40), min_size=1, max_size=5), st.floats(0, 1), st.booleans())
+@given(
+    st.lists(st.lists(FLOATS, min_size=1, max_size=40), min_size=1, max_size=5),
+    st.floats(0, 1),
+    st.booleans(),
+    st.booleans(),
+)
 @settings(max_examples=150, deadline=None)
-def test_best_equals_a_stable_sort_whatever_the_floats(lists, share, sampled):
+def test_best_equals_a_stable_sort_whatever_the_floats(lists, share, sampled, by_torch):
     tensors = [torch.tensor(values, dtype=torch.float32) for values in lists]
     count = round(share * sum(len(values) for values in lists))
-    before = ranking._SAMPLED_FROM, ranking._SAMPLE, ranking._CHUNK, ranking._MARGIN
+    names = ("_SAMPLED_FROM", "_SAMPLE", "_CHUNK", "_MARGIN", "_FEW", "_on_cpu")
+    before = {name: getattr(ranking, name) for name in names}
     if sampled:  # the way that large inputs go, with samples that are often wrong
-        ranking._SAMPLED_FROM, ranking._SAMPLE, ranking._CHUNK, ranking._MARGIN = 4, 8, 16, 0.2
+        ranking._SAMPLED_FROM, ranking._SAMPLE, ranking._CHUNK, ranking._MARGIN, ranking._FEW = 4, 8, 16, 0.2, 4
+    if by_torch:  # the way of other devices
+        ranking._on_cpu = lambda tensor: False
     try:
         masks = ranking.best(tensors, count)
     finally:
-        ranking._SAMPLED_FROM, ranking._SAMPLE, ranking._CHUNK, ranking._MARGIN = before
+        for name, value in before.items():
+            setattr(ranking, name, value)
     for mask, expected in zip(masks, by_sorting(tensors, count), strict=True):
         np.testing.assert_array_equal(mask.numpy(), expected)
 
@@ -60,11 +69,15 @@ def test_best_equals_a_stable_sort_of_a_million(kind):
             np.testing.assert_array_equal(mask.numpy(), expected)
 
 
-@given(st.lists(FLOATS, min_size=1, max_size=60), st.data())
+@given(st.lists(FLOATS, min_size=1, max_size=60), st.data(), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_kth_largest_equals_the_sorted_value(values, data):
-    count = data.draw(st.integers(1, len(values)))
-    found = ranking.kth_largest([torch.tensor(values, dtype=torch.float32)], count)
+def test_kth_largest_equals_the_sorted_value(values, data, few):
+    count, before = data.draw(st.integers(1, len(values))), ranking._FEW
+    ranking._FEW = before if few else 0
+    try:
+        found = ranking.kth_largest([torch.tensor(values, dtype=torch.float32)], count)
+    finally:
+        ranking._FEW = before
     assert found == sorted(np.float32(values), reverse=True)[count - 1]
 
 
@@ -174,6 +187,15 @@ def test_within_forbids_what_a_criterion_would_bring_back_and_protect_keeps_what
     guarded = select(given, sparsity=0.9, protect=lowest)
     assert bool(guarded["stem"][lowest["stem"]].all())
     assert sum(int(mask.sum()) for mask in guarded.values()) == round(0.1 * total)
+
+
+def test_within_and_protect_go_before_the_count():
+    given, few = scores(), select(scores(), sparsity=0.9)
+    masks = select({name: 1 / score for name, score in given.items()}, sparsity=0.2, within=few)
+    assert all(torch.equal(masks[name], few[name]) for name in few)  # no more than these are there
+    most = {name: ~mask for name, mask in few.items()}
+    masks = select(given, sparsity=0.95, protect=most)
+    assert all(bool(masks[name][most[name]].all()) for name in most)
 
 
 def test_nm_within_masks_only_shrinks_and_is_full_at_the_start():

@@ -5,13 +5,9 @@ import torch
 
 from lightning_opt.pruning.structure.axes import (
     Reason,
-    entries_of_units,
     freeze,
-    kept_count,
-    kept_mask,
     leaves,
     mark_inexact,
-    nested_pairs,
     new_axis,
     regroup,
     size_of,
@@ -19,6 +15,7 @@ from lightning_opt.pruning.structure.axes import (
     sum_axis,
     unify,
 )
+from lightning_opt.pruning.structure.units import entries_of_units, kept_count, kept_mask, nested_pairs
 
 WHERE = Reason("test")
 

@@ -231,3 +231,12 @@ def test_a_second_cut_after_the_first(transformer, structure):
 def test_models_of_the_package(build, inputs):
     torch.manual_seed(0)
     check_exact(build(), inputs, share=0.25)
+
+
+def test_a_compiled_model_is_traced_as_it_is(transformer):
+    compiled = torch.compile(copy.deepcopy(transformer), backend="eager")
+    structure = trace(compiled, IDS)
+    kept = {"_orig_mod.blocks.0.wide": [1, 2]}
+    masked = zeroed(transformer, {name[10:]: mask for name, mask in structure.masks(kept).items()})
+    structure.edit(kept).apply(compiled)
+    assert torch.allclose(answer(compiled, IDS), answer(masked, IDS), atol=1e-5)

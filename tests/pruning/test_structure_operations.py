@@ -120,6 +120,11 @@ def tied(m, ids):
     return F.linear(torch.relu(m.inner(m.table(ids))), m.table.weight)
 
 
+def join_with_nothing(m, x):
+    y = torch.relu(m.a(x))
+    return m.b(torch.cat([y, y[..., y.shape[-1] :]], -1))
+
+
 def gated(m, x):
     a, b = m.a(x).chunk(2, -1)
     return m.b(a * torch.sigmoid(b))
@@ -239,6 +244,8 @@ CASES = {
     ),
     "tied": (lambda: Model(tied, table=nn.Embedding(20, 8), inner=nn.Linear(8, 8)), torch.randint(0, 20, (2, 5))),
     "gated": (lambda: Model(gated, a=nn.Linear(6, 16), b=nn.Linear(8, 3)), rows(2, 6)),
+    "join_with_nothing": (lambda: Model(join_with_nothing, a=nn.Linear(6, 8), b=nn.Linear(8, 3)), rows(2, 6)),
+    "buffer": (lambda: _with_buffer(), rows(2, 6)),
     "glu": (lambda: nn.Sequential(conv(3, 8), nn.GLU(1), conv(4, 2)), image()),
     "gru": (
         lambda: Model(recur, a=nn.Linear(4, 6), rnn=nn.GRU(6, 8, 2, batch_first=True), head=nn.Linear(8, 3)),
@@ -258,6 +265,13 @@ CASES = {
 def _heads():
     parts = {name: nn.Linear(12, 12) for name in "qkv"}
     return Model(separate_heads, **parts, out=nn.Linear(12, 3), heads=4)
+
+
+def _with_buffer():
+    """A buffer is added: cut units are not zero after it, which does no harm before a linear layer."""
+    m = Model(lambda m, x: m.b(m.a(x) + m.shift), a=nn.Linear(6, 8), b=nn.Linear(8, 3))
+    m.register_buffer("shift", torch.arange(8.0))
+    return m
 
 
 def _grouped(forward, **more):

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_opt.errors import ConfigError
 from lightning_opt.pruning.structure import operation, trace
-from lightning_opt.pruning.structure.walk import OPERATIONS, Value
+from lightning_opt.pruning.structure.calls import OPERATIONS, Value
 
 
 class Net(nn.Module):
@@ -47,6 +47,34 @@ def test_refused_by_name(between, width, why):
     structure = trace(Net(between, width), X, verify=False)
     assert not structure.groups
     assert any(why in reason for reason in reasons(structure)), reasons(structure)
+
+
+def test_a_rule_that_does_not_know_the_form_refuses():
+    @operation("special_entr")
+    def _broken(call):
+        return call.arguments["not there"]
+
+    try:
+        structure = trace(Net(lambda x: torch.special.entr(x)), X, verify=False)
+    finally:
+        del OPERATIONS["special_entr"]
+    assert not structure.groups
+    assert any("a form that its rule does not know (special_entr" in reason for reason in reasons(structure))
+
+
+class Picking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x).unflatten(-1, (3, -1))[:, [2, 0]].flatten(1))
+
+
+def test_what_is_refused_of_an_axis_is_told_though_other_units_are_free():
+    structure = trace(Picking(), X)
+    assert [group.size for group in structure.groups] == [4]
+    assert any("picked by place (index" in reason for reason in reasons(structure))
 
 
 def test_inputs_and_outputs_stay():

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_opt.pruning.structure.axes import Axis, Factor, Reason, kept_count, mark_inexact, unify
+from lightning_opt.pruning.structure.axes import Axis, Factor, Reason, mark_inexact, unify
+from lightning_opt.pruning.structure.calls import Link
 from lightning_opt.pruning.structure.provenance import Calls, source_of
-from lightning_opt.pruning.structure.walk import Link
+from lightning_opt.pruning.structure.units import kept_count
 
 # Names that speak of a role; used where a number counts an axis of that role and no operation was handed it.
 _ROLES = {

@@ -13,9 +13,9 @@ from lightning_opt.pruning.structure.axes import (
     resolve,
     size_of,
 )
+from lightning_opt.pruning.structure.calls import Answer, Call, Value, operation
 from lightning_opt.pruning.structure.layers import lead_dirty, link_sizes
 from lightning_opt.pruning.structure.pointwise import broadcast, dirty_of_product, dirty_of_sum
-from lightning_opt.pruning.structure.walk import Answer, Call, Value, operation
 
 
 def contract(call: Call, first: Value, a: Axis, second: Value, b: Axis) -> None:

@@ -13,13 +13,11 @@ from lightning_opt.pruning.structure.axes import (
     Factor,
     Reason,
     freeze,
-    entries_of_units,
     leaves,
-    nested_pairs,
-    repeats_in_a_product,
     resolve,
     size_of,
 )
+from lightning_opt.pruning.structure.units import entries_of_units, nested_pairs, repeats_in_a_product
 from lightning_opt.pruning.structure.walk import Walk
 
 
@@ -116,8 +114,11 @@ def freeze_ignored(walk: Walk, ignore: Sequence[str]) -> None:
 def find_groups(walk: Walk, parameters: Mapping[str, Tensor]) -> list[Group]:
     """Return the groups of free factors, in the order of the model's parameters."""
     places: dict[Factor, list[tuple[str, int]]] = defaultdict(list)
-    order = {name: place for place, name in enumerate([*parameters, *(set(walk.tensors) - set(parameters))])}
-    for name in sorted(walk.tensors, key=lambda name: (order[name], name)):
+    order = {
+        name: place
+        for place, name in enumerate([*parameters, *(name for name in walk.tensors if name not in parameters)])
+    }
+    for name in sorted(walk.tensors, key=order.__getitem__):
         for dim, axis in enumerate(walk.tensors[name]):
             for factor in dict.fromkeys(leaves(axis)):
                 if factor.frozen is None:
@@ -135,15 +136,13 @@ def find_groups(walk: Walk, parameters: Mapping[str, Tensor]) -> list[Group]:
 
 
 def find_refusals(walk: Walk, parameters: Mapping[str, Tensor]) -> list[Refusal]:
-    """Return the axes of parameters of which nothing can be cut, with each reason."""
+    """Return the axes of parameters of which nothing can be cut, or not all, with each reason."""
     found = []
     for name in parameters:
         for dim, axis in enumerate(walk.tensors.get(name, ())):
             reasons = [leaf.frozen for leaf in leaves(axis)]
-            if reasons and None not in reasons:
-                found += [
-                    Refusal(name, dim, reason.why, reason.operation) for reason in dict.fromkeys(reasons) if reason
-                ]
+            told = [r for r in dict.fromkeys(reasons) if r and (None not in reasons or not r.minor)]
+            found += [Refusal(name, dim, reason.why, reason.operation) for reason in told]
     return found
 
 

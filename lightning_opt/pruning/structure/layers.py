@@ -13,8 +13,8 @@ from lightning_opt.pruning.structure.axes import (
     regroup,
     size_of,
 )
+from lightning_opt.pruning.structure.calls import Answer, Call, Value, operation
 from lightning_opt.pruning.structure.pointwise import dirty_of_sum
-from lightning_opt.pruning.structure.walk import Answer, Call, Value, operation
 
 _IN = ("in_features", "in_channels", "nx", "in_dim", "input_dim", "input_size")
 _OUT = ("out_features", "out_channels", "nf", "out_dim", "output_dim")

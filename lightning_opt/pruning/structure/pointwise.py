@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_opt.pruning.structure.axes import Axis, Factor, freeze, leaves, mark, mark_inexact, new_axis, size_of
-from lightning_opt.pruning.structure.walk import Answer, Call, Value, operation
+from lightning_opt.pruning.structure.calls import Answer, Call, Value, operation
 
 # Operations on one tensor that give zero for zero.
 _KEEP_ZERO = """

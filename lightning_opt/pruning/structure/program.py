@@ -110,11 +110,12 @@ def common_name(operation: str) -> str:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, and each one back to its own mode after."""
+    """Put every module in eval mode, compiled ones eager, and each one back to its own mode after."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module in training:
             module.training = True

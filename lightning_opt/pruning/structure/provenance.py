@@ -14,8 +14,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_opt.forward import Inputs, forward
+from lightning_opt.pruning.structure.calls import Link
 from lightning_opt.pruning.structure.program import common_name, evaluating, without_cache
-from lightning_opt.pruning.structure.walk import Link
 
 # (module that runs the operation, operation) -> for each call, the operation's numbers and the attribute of each
 Calls: TypeAlias = dict[tuple[str, str], list[list[tuple[int, tuple[str, str] | None]]]]

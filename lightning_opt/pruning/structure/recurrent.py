@@ -10,7 +10,7 @@ from lightning_opt.pruning.structure.axes import (
     size_of,
     sum_axis,
 )
-from lightning_opt.pruning.structure.walk import Answer, Call, Value, operation
+from lightning_opt.pruning.structure.calls import Answer, Call, Value, operation
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 

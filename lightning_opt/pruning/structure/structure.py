@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_opt.pruning.structure.attributes import attributes_of
-from lightning_opt.pruning.structure.axes import Axis, Factor, kept_count, kept_mask, leaves
+from lightning_opt.pruning.structure.axes import Axis, Factor, leaves
+from lightning_opt.pruning.structure.calls import Link
 from lightning_opt.pruning.structure.groups import Group, Member, Refusal
 from lightning_opt.pruning.structure.provenance import Calls
-from lightning_opt.pruning.structure.walk import Link
+from lightning_opt.pruning.structure.units import kept_count, kept_mask
 from lightning_opt.surgery.shrink import Shrink
 
 

@@ -8,20 +8,22 @@ model with the same units zeroed. The groups that are to blame are frozen, with 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from lightning_opt.errors import ConfigError
 from lightning_opt.forward import Inputs, forward, map_inputs
-from lightning_opt.pruning.structure.axes import Reason, freeze, kept_count, leaves
+from lightning_opt.pruning.structure.axes import Reason, freeze, leaves
 from lightning_opt.pruning.structure.groups import Group
 from lightning_opt.pruning.structure.program import evaluating, export, tensors_of, without_cache
 from lightning_opt.pruning.structure.provenance import tracking
 from lightning_opt.pruning.structure.structure import Structure
+from lightning_opt.pruning.structure.units import kept_count
 from lightning_opt.pruning.structure.walk import Shapes, shapes_of
 
-_TOLERANCE = 1e-4  # of the largest output, in float64
+_TOLERANCE, _TOLERANCE_SINGLE = 1e-4, 1e-2  # of the largest output, in float64 and else
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,12 @@ class Verifier:
             if wrong:
                 why = "has a size in the model's code that no attribute holds"
                 suspects = [group for group in structure.groups if group.factor in wrong]
-                return Finding(Reason(why, f"{name} in {module or 'the model'}"), suspects or list(structure.groups))
+                reason = Reason(why, f"{name} in {module or 'the model'}")
+                return Finding(reason, suspects or list(structure.groups))
         return None
 
     def _equals_masked(self, structure: Structure) -> Finding | None:
-        """Compare with the model whose units are zeroed, in float64, where that must be the same."""
+        """Compare with the model whose units are zeroed, where that must be the same."""
         exact = [group for group in structure.groups if group.exact]
         if not exact or self._differs(structure, exact) is False:
             return None
@@ -116,7 +119,7 @@ class Verifier:
 
     def _differs(self, structure: Structure, groups: Sequence[Group]) -> bool:
         kept = _some(groups)
-        masked = _lively(self.model)
+        masked = _lively(self.model).to(self._dtype)
         small = copy.deepcopy(masked)
         structure.edit(kept).apply(small)
         parameters = dict(masked.named_parameters())
@@ -126,20 +129,28 @@ class Verifier:
         pairs = zip(self._outputs(small), self._outputs(masked), strict=True)
         return any(_far(a, b) for a, b in pairs if a.is_floating_point())
 
+    @cached_property
+    def _dtype(self) -> torch.dtype | None:
+        """Return float64, or None (what the model has) where an operation of the model is not there in float64."""
+        try:
+            self._outputs(copy.deepcopy(self.model).double())
+        except Exception:  # kernels say in many ways that they lack a type
+            return None
+        return torch.float64
+
     def _outputs(self, model: nn.Module) -> list[Tensor]:
-        inputs = map_inputs(self.inputs, lambda x: x.double() if x.is_floating_point() else x)
+        double = next((p.dtype for p in model.parameters() if p.is_floating_point()), None) is torch.float64
+        inputs = map_inputs(self.inputs, lambda x: x.double() if double and x.is_floating_point() else x)
         with evaluating(model), without_cache(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return tensors_of(forward(model, inputs))
 
 
 def _far(a: Tensor, b: Tensor) -> bool:
-    scale = b.abs().max().clamp(min=1e-12) if b.numel() else 1.0
-    return (
-        a.shape != b.shape
-        or bool(((a - b).abs() > _TOLERANCE * scale).any())
-        or bool(a.isnan().any() != b.isnan().any())
-    )
+    if a.shape != b.shape or a.isfinite().all() != b.isfinite().all():
+        return True
+    tolerance = _TOLERANCE if a.dtype is torch.float64 else _TOLERANCE_SINGLE
+    return bool(((a - b).abs() > tolerance * b.abs().max().clamp(min=1e-12)).any()) if b.numel() else False
 
 
 def _some(groups: Sequence[Group]) -> dict[str, list[int]]:
@@ -149,8 +160,8 @@ def _some(groups: Sequence[Group]) -> dict[str, list[int]]:
 
 
 def _lively(model: nn.Module) -> nn.Module:
-    """Return a copy in float64 with random weights: as they are, attention may be flat and residual branches silent."""
-    model = copy.deepcopy(model).double()
+    """Return a copy with random weights: as they are, attention may be flat and residual branches silent."""
+    model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator).to(parameter)
