@@ -34,8 +34,8 @@ def load_losses() -> Any:
     return mid_level
 
 
-def peer_arms() -> dict[str, Callable[[], Loss]]:
-    """Name torchdistill's arms: KD at the usual setting, and logit standardization as its own example sets it."""
+def peer_losses() -> dict[str, Callable[[], Loss]]:
+    """Name torchdistill's losses: KD at the usual setting, and logit standardization as its own example sets it."""
     theirs = load_losses()
     where = {
         "student_module_path": ".",
@@ -59,23 +59,23 @@ def _loss(criterion: Any) -> Loss:
 def main() -> None:
     torch.set_num_threads(1)
     job = torch.load(sys.argv[1], weights_only=True)
-    pair, arms = PAIRS[job["pair"]], peer_arms()
-    for seed in job["seeds"]:
-        for arm, make in arms.items():
-            student = fresh(pair.student, seed)
-            seconds = train(
-                student,
-                job["inputs"],
-                job["labels"],
-                make(),
-                answers=job["answers"],
-                batch=pair.batch,
-                epochs=pair.epochs,
-                lr=pair.lr,
-                seed=seed,
-            )
-            got = {part: accuracy(student, *job[part]) for part in ("val", "test")}
-            print(json.dumps({"arm": arm, "seed": seed, "cpu_s": round(seconds, 2), **got}), flush=True)
+    pair, losses = PAIRS[job["pair"]], peer_losses()
+    for arm, seed in job["missing"]:
+        student = fresh(pair.student, seed)
+        form = "versions" if arm.endswith("_versions") else "plain"
+        seconds = train(
+            student,
+            job["seen"][form],
+            job["labels"],
+            losses[arm.removesuffix("_versions")](),
+            answers=job["told"][form],
+            batch=pair.batch,
+            epochs=pair.epochs,
+            lr=pair.lr,
+            seed=seed,
+        )
+        got = {part: accuracy(student, *job[part]) for part in ("val", "test")}
+        print(json.dumps({"arm": arm, "seed": seed, "cpu_s": round(seconds, 2), **got}), flush=True)
 
 
 if __name__ == "__main__":

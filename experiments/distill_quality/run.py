@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,108 +21,59 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT)]
 
-from ours import Data, answers_of, candidates, plain_dkd, plain_kd, read, teachers_of  # noqa: E402
-from setting import (  # noqa: E402
-    PAIRS,
-    Loss,
-    Pair,
-    accuracy,
-    cross_entropy,
-    fresh,
-    parameters,
-    smoothed_cross_entropy,
-    train,
-)
+from ours import Data, arms_of, read  # noqa: E402
+from setting import PAIRS, Loss, Pair, accuracy, fresh, parameters, train  # noqa: E402
 from summary import draw, mean_closure, summarise, table, write_table  # noqa: E402
 
-PEERS = ("torchdistill_kd", "torchdistill_logit_std")
+PEERS = tuple(f"torchdistill_{loss}{form}" for form in ("", "_versions") for loss in ("kd", "logit_std"))
 
 
-def one(pair: Pair, data: Data, loss: Loss, seed: int, answers: torch.Tensor | None, part: str) -> dict[str, float]:
-    """Train one student and measure it on the validation part, and on the test part if that is asked for."""
+def one(pair: Pair, data: Data, seed: int, loss: Loss, form: str, told: str | None) -> dict[str, float]:
+    """Train one student and measure it."""
     student = fresh(pair.student, seed)
     seconds = train(
         student,
-        data.inputs[None],
+        data.seen[form],
         data.labels,
         loss,
-        answers=answers,
+        answers=None if told is None else data.told[told],
         batch=pair.batch,
         epochs=pair.epochs,
         lr=pair.lr,
         seed=seed,
     )
-    got = {"val": accuracy(student, *data.val), "cpu_s": round(seconds, 2)}
-    return {**got, "test": accuracy(student, *data.test)} if part == "test" else got
-
-
-def choose(pair: Pair, data: Data, answers: torch.Tensor, entry: dict[str, Any], save: Any) -> str:
-    """Pick the recipe with the best mean accuracy on the validation part, with seeds that are not used again."""
-    tried = entry.setdefault("validation", {})
-    for name, make in candidates().items():
-        if name not in tried:
-            tried[name] = [one(pair, data, make(), seed, answers, "val")["val"] for seed in pair.choosing_seeds]
-            print(f"{pair.name}: val {name}: {tried[name]}", flush=True)
-            save()
-    return max(tried, key=lambda name: sum(tried[name]))
-
-
-def our_arms(recipe: str, answers: torch.Tensor, random: torch.Tensor) -> dict[str, Any]:
-    """Name our arms: a loss and the answers that it sees."""
-    return {
-        "alone": (lambda: cross_entropy, None),
-        "label_smoothing": (lambda: smoothed_cross_entropy, None),
-        "random_teacher": (plain_kd, random),
-        "kd": (plain_kd, answers),
-        "dkd": (plain_dkd, answers),
-        "ours": (candidates()[recipe], answers),
-    }
+    return {"val": accuracy(student, *data.val), "test": accuracy(student, *data.test), "cpu_s": round(seconds, 2)}
 
 
 def run_pair(pair: Pair, args: argparse.Namespace, entry: dict[str, Any], save: Any) -> None:
-    data = read(pair)
-    started = time.process_time()
-    members = teachers_of(pair, data)
-    answers = answers_of(members, data.inputs)[None]
-    untrained = answers_of([fresh(pair.teacher, 1000)], data.inputs)[None]
-    entry["teacher"] = {
-        "val": 100.0 * (answers_of(members, data.val[0]).argmax(1) == data.val[1]).double().mean().item(),
-        "test": 100.0 * (answers_of(members, data.test[0]).argmax(1) == data.test[1]).double().mean().item(),
-        "parameters": sum(parameters(member) for member in members),
-        "cpu_s": round(time.process_time() - started, 1),
-    }
+    """Train every arm with every seed that is still missing."""
+    data = read(pair, args.text_teacher)
+    entry["teacher"] = data.teacher
     entry["student"] = {"parameters": parameters(pair.student())}
     entry["samples"] = {"train": len(data.labels), "val": len(data.val[1]), "test": len(data.test[1])}
     entry["steps"] = pair.epochs * (len(data.labels) // pair.batch)
-    entry["choosing_seeds"] = list(pair.choosing_seeds)
-    entry["recipe"] = choose(pair, data, answers, entry, save)
-    print(f"{pair.name}: teacher {entry['teacher']}, recipe {entry['recipe']}", flush=True)
-    arms = entry.setdefault("arms", {})
-    for seed in range(args.seeds):
-        for arm, (make, told) in our_arms(entry["recipe"], answers, untrained).items():
+    print(f"{pair.name}: teacher {data.teacher}", flush=True)
+    arms, seeds = entry.setdefault("arms", {}), args.seeds or pair.seeds
+    for seed in range(seeds):
+        for arm, (make, form, told) in arms_of(pair).items():
             if str(seed) not in arms.setdefault(arm, {}):
-                arms[arm][str(seed)] = one(pair, data, make(), seed, told, "test")
-        print(
-            f"{pair.name}: seed {seed}: "
-            + ", ".join(f"{a} {arms[a][str(seed)]['test']:.2f}" for a in arms if str(seed) in arms[a]),
-            flush=True,
-        )
-        if (seed % 3 == 0 or seed == args.seeds - 1) and args.peer_python:
-            run_peers(pair, args, data, answers, arms, range(seed + 1))
+                arms[arm][str(seed)] = one(pair, data, seed, make(), form, told)
+        words = [f"{arm} {runs[str(seed)]['test']:.2f}" for arm, runs in arms.items() if str(seed) in runs]
+        print(f"{pair.name}: seed {seed}: {', '.join(words)}", flush=True)
+        if args.peer_python and seed in (2, seeds - 1):
+            run_peers(pair, args, data, arms, range(seed + 1))
         save()
 
 
-def run_peers(
-    pair: Pair, args: argparse.Namespace, data: Data, answers: torch.Tensor, arms: dict[str, Any], seeds: range
-) -> None:
+def run_peers(pair: Pair, args: argparse.Namespace, data: Data, arms: dict[str, Any], seeds: range) -> None:
     """Run torchdistill's arms for the seeds that lack them, under its own interpreter."""
-    missing = [seed for seed in seeds if any(str(seed) not in arms.get(arm, {}) for arm in PEERS)]
+    missing = [[arm, seed] for arm in PEERS for seed in seeds if str(seed) not in arms.get(arm, {})]
     if not missing:
         return
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.pt"
-        tensors = {"inputs": data.inputs[None], "labels": data.labels, "answers": answers}
-        torch.save({"pair": pair.name, "seeds": missing, "val": data.val, "test": data.test, **tensors}, job)
+        tensors = {name: getattr(data, name) for name in ("labels", "seen", "told", "val", "test")}
+        torch.save({"pair": pair.name, "missing": missing, **tensors}, job)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [args.peer_python, str(HERE / "peers.py"), str(job)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -137,7 +87,8 @@ def run_peers(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
-    parser.add_argument("--seeds", type=int, default=10, help="students per arm")
+    parser.add_argument("--seeds", type=int, help="students per arm; none: as many as the pair wants")
+    parser.add_argument("--text-teacher", type=Path, help="folder of the fine-tuned MiniLM, for movie_reviews")
     parser.add_argument("--peer-python", help="interpreter with torchdistill (make_peer_env.sh); none: no peer arms")
     parser.add_argument("--results", type=Path, default=HERE / "results.json")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_opt.models import ConvNet1d, LeNet
+from lightning_opt.models import BagOfEmbeddings, ConvNet1d, LeNet
 
 # Loss of one batch: (student logits, teacher logits, labels, progress in [0, 1]) -> scalar.
 Loss = Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
@@ -18,19 +18,25 @@ Loss = Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A data set, a teacher and a student, and how long each is trained."""
+    """A data set, a teacher and a student, and how long each is trained.
+
+    Attributes:
+        teacher: None: it comes from a folder.
+        variants: Seeded versions of each training sample.
+        span_share: Of the text pair: the share of the samples of a version of which a span is shown, not the whole.
+    """
 
     name: str
     student: Callable[[], nn.Module]
-    teacher: Callable[[], nn.Module]
+    teacher: Callable[[], nn.Module] | None = None
     batch: int
     epochs: int
     lr: float
-    teacher_epochs: int
-    teacher_lr: float
+    teacher_epochs: int = 0
+    teacher_lr: float = 0.0
     variants: int
-    members: int = 1
-    choosing_seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
+    span_share: float = 0.0
+    seeds: int = 10
     data: dict[str, Any] = field(default_factory=dict)
 
 
@@ -47,7 +53,6 @@ PAIRS = {
             teacher_epochs=20,
             teacher_lr=2e-3,
             variants=20,
-            choosing_seeds=(100, 101),
         ),
         Pair(
             name="digits",
@@ -71,7 +76,6 @@ PAIRS = {
             teacher_epochs=20,
             teacher_lr=2e-3,
             variants=20,
-            choosing_seeds=(100, 101, 102, 103),
             data={"test_fraction": 0.4, "val_fraction": 0.2, "split_seed": 1},
         ),
         Pair(
@@ -84,7 +88,16 @@ PAIRS = {
             teacher_epochs=40,
             teacher_lr=3e-3,
             variants=40,
-            choosing_seeds=(100, 101, 102),
+        ),
+        Pair(
+            name="movie_reviews",
+            student=lambda: BagOfEmbeddings(num_outputs=2, vocab_size=30522, dim=32, pad_id=0),
+            batch=32,
+            epochs=8,
+            lr=3e-3,
+            variants=8,
+            span_share=0.5,
+            seeds=5,
         ),
     )
 }

@@ -10,13 +10,17 @@ from lightning_opt.reporting import style
 
 LABELS = {
     "alone": "student alone",
+    "alone_versions": "student alone, on the versions",
     "label_smoothing": "alone, label smoothing 0.1",
-    "random_teacher": "KD from an untrained teacher",
+    "random_teacher": "KD from a teacher that knows nothing",
     "kd": "KD T=4 (ours)",
     "torchdistill_kd": "KD T=4 (torchdistill)",
-    "dkd": "DKD (ours)",
     "torchdistill_logit_std": "Logit std. (torchdistill)",
-    "ours": "recipe chosen on validation",
+    "dkd": "DKD (ours)",
+    "first_choice": "winner of six losses (first round)",
+    "torchdistill_kd_versions": "KD T=4 (torchdistill) + versions",
+    "torchdistill_logit_std_versions": "Logit std. (torchdistill) + versions",
+    "ours": "our recipe: KD + versions",
 }
 _BEGIN, _END = "<!-- table: written by run.py -->", "<!-- end of table -->"
 _ROLE = {"alone": "baseline", "ours": "student"}
@@ -53,7 +57,7 @@ def table(results: dict[str, Any]) -> str:
     for name, entry in results["pairs"].items():
         if "summary" not in entry:
             continue
-        lines += [f"\n**{name}**: teacher {entry['teacher']['test']:.2f} %, chosen recipe: {entry['recipe']}\n"]
+        lines += [f"\n**{name}**: teacher {entry['teacher']['test']:.2f} %\n"]
         lines += [
             "| arm | seeds | test % (sd) | gain (sd) | worst seed | better in | t | closure |",
             "|---|---|---|---|---|---|---|---|",
