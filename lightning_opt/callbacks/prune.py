@@ -127,6 +127,10 @@ class Prune(pl.Callback):
         self._loaded: Mapping[str, Any] | None = None
         self._settled = False
         self._release = _nothing
+        # Lightning asks for the key at each hook of each step.
+        self._state_key = self._generate_state_key(
+            pattern=type(pattern).__name__, module=module, include=self.what.include, exclude=self.what.exclude
+        )
 
     @property
     def is_settled(self) -> bool:
@@ -172,10 +176,7 @@ class Prune(pl.Callback):
     @property
     @override
     def state_key(self) -> str:
-        what = self.what
-        return self._generate_state_key(
-            pattern=type(what.pattern).__name__, module=self.module, include=what.include, exclude=what.exclude
-        )
+        return self._state_key
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:

@@ -23,10 +23,11 @@ from lightning_opt.pruning.criteria import (
     score_groups,
     sparsity_penalty,
 )
-from lightning_opt.pruning.depth import drop_by_angular_distance, drop_by_loss, keep_layers
-from lightning_opt.pruning.hugging_face import hugging_face_config
+from lightning_opt.pruning.depth import angular_distances, drop_by_angular_distance, drop_by_loss, keep_layers
+from lightning_opt.pruning.engine_times import time_in_onnxruntime, time_in_openvino
+from lightning_opt.pruning.hugging_face import hugging_face_config, update_config
 from lightning_opt.pruning.latency import LatencyAware
-from lightning_opt.pruning.layer_times import AnalyticTimes, MeasuredTimes
+from lightning_opt.pruning.layer_times import AnalyticTimes, MeasuredTimes, layers_of
 from lightning_opt.pruning.masks import Masks
 from lightning_opt.pruning.oneshot import prune_with
 from lightning_opt.pruning.packing import read_sparse, write_sparse
@@ -89,11 +90,13 @@ __all__ = [
     "Uniform",
     "UniformSizes",
     "Wanda",
+    "angular_distances",
     "choose",
     "drop_by_angular_distance",
     "drop_by_loss",
     "hugging_face_config",
     "keep_layers",
+    "layers_of",
     "prune_with",
     "pruning_summary",
     "read_sparse",
@@ -102,6 +105,9 @@ __all__ = [
     "shrink",
     "sizes_on_disk",
     "sparsity_penalty",
+    "time_in_onnxruntime",
+    "time_in_openvino",
     "trace",
+    "update_config",
     "write_sparse",
 ]

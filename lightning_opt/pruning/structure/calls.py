@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch.fx import Node
 
 from lightning_opt.pruning.structure.axes import Axis, Factor, Reason, freeze, leaves, new_axis, size_of, unify
-from lightning_opt.pruning.structure.program import common_name, module_of
+from lightning_opt.pruning.structure.program import common_name, module_of, tensor_nodes
 
 if TYPE_CHECKING:
     from lightning_opt.pruning.structure.walk import Walk
@@ -106,9 +106,18 @@ class Call:
         if rule is None:
             return self.refuse("is used by an operation that has no rule")
         try:
-            return rule(self)
-        except (LookupError, TypeError, ValueError, AttributeError):  # an argument that the rule does not foresee
+            answer = rule(self)
+            found = next(values_in(answer)).shape
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration):  # what the rule does not foresee
+            found = None
+        known = all(self.walk.values.get(node) is not None for node in self._tensor_nodes())
+        if found != self.shape or not known:
             return self.refuse("is used by an operation in a form that its rule does not know")
+        return answer
+
+    def _tensor_nodes(self) -> list[Node]:
+        nodes = tensor_nodes([list(self.node.args), dict(self.node.kwargs)])
+        return [node for node in nodes if hasattr(node.meta.get("val"), "shape")]
 
     def refuse(self, why: str, axes: Sequence[Axis] | None = None) -> Answer:
         """Freeze `axes` (every axis of the inputs by default) and return results that are frozen."""

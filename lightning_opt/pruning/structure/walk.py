@@ -49,6 +49,8 @@ class Walk:
                 self.values[node] = self._placeholder(node) if operands is None else next(given)
             elif node.op == "output":
                 return self._output(node, outermost=operands is None)
+            elif node.op == "get_attr" and hasattr(node.meta.get("val"), "shape"):
+                self.values[node] = self._placeholder(node)
             elif node.op == "call_function":
                 self.values[node] = self._call(node, graph)
         return None
@@ -63,7 +65,8 @@ class Walk:
             # Masks are of parameters: buffers keep their values at cut units.
             dirty = frozenset(factor for axis in axes for factor in axis if name in self._buffers)
             return self._numbered(Value(axes, dirty=dirty), ())
-        value = Value([new_axis(int(size)) for size in shape], dynamic=node.name not in self._program.constants)
+        is_input = node.op == "placeholder" and node.name not in self._program.constants
+        value = Value([new_axis(int(size)) for size in shape], dynamic=is_input)
         why = "is an axis of the model's inputs" if value.dynamic else "belongs to a constant, no parameter or buffer"
         value.freeze(Reason(why))
         return self._numbered(value, ())
