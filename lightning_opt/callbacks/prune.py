@@ -54,7 +54,8 @@ class Prune(pl.Callback):
         pattern: What goes: single weights (`Element`), `NM`, `Block`, `Rows`, `Columns`, or `Structures` (channels,
             heads, hidden units: these can be removed).
         criterion: What stays: scores weights or structures; their magnitude when not given.
-        allocation: How the sparsity is shared among tensors; ERK when not given. Structures: "uniform", "global" or a
+        allocation: How the sparsity is shared among tensors; LAMP when not given (ERK where
+            the criterion is not magnitude). Structures: "uniform", "global" or a
             `Sizes`.
         schedule: How the sparsity grows from `start` to `end`; `Cubic` when not given.
         sparsity: Share of the named weights (of the units of each structure) that is gone in the end: of those that

@@ -11,7 +11,7 @@ from lightning_opt.callbacks.prune_structures import StructurePlan
 from lightning_opt.callbacks.prune_timeline import Length, Moment, Timeline
 from lightning_opt.callbacks.prune_weights import WeightPlan
 from lightning_opt.forward import Inputs
-from lightning_opt.pruning.allocation import ERK, Allocation
+from lightning_opt.pruning.allocation import ERK, LAMP, Allocation
 from lightning_opt.pruning.criteria import Criterion, GroupCriterion, GroupNorm, Magnitude
 from lightning_opt.pruning.patterns import NM, Block, Element, Pattern
 from lightning_opt.pruning.regrow import Regrow
@@ -99,7 +99,9 @@ class What:
                 taps=taps,
                 **names,
             )
-        criterion, allocation = self.criterion or Magnitude(), self.allocation or ERK()
+        criterion = self.criterion or Magnitude()
+        # LAMP compares magnitudes; ERK asks for nothing but shapes.
+        allocation = self.allocation or (LAMP() if isinstance(criterion, Magnitude) else ERK())
         assert isinstance(criterion, Criterion)
         assert isinstance(allocation, Allocation)
         return WeightPlan(
