@@ -42,24 +42,14 @@ def head_layers(model: nn.Module, structure: Structure) -> dict[nn.Module, int]:
 
 
 def left_alone(model: nn.Module, structure: Structure) -> list[nn.Module]:
-    """Return the layers that make the model's outputs or an axis under a norm."""
-    names = {
-        member.tensor
-        for g in structure.groups
-        if g.kind in ("width", "embedding")
-        for member in g.members
-        if member.dim == 0
-    }
-    names |= {
-        member.tensor
-        for g in structure.groups
-        if g.kind in ("width", "embedding")
-        for member in g.members
-        if member.dim == 1 and "embed" in member.tensor
-    }
-    names |= {refusal.tensor for refusal in structure.refused if "output" in refusal.why}
-    layers = [model.get_submodule(name.rpartition(".")[0]) for name in names if "." in name]
-    return [layer for layer in layers if isinstance(layer, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)]
+    """Return the layers that make the model's outputs or an axis under a norm, tied ones too."""
+    under_norm = [group for group in structure.groups if group.kind in ("width", "embedding")]
+    names = {member.tensor for group in under_norm for member in group.members if member.dim == 0}
+    names |= {member.tensor for group in under_norm for member in group.members if "embed" in member.tensor}
+    names |= {r.tensor for r in structure.refused if r.dim == 0 and ("output" in r.why or "rows" in r.why)}
+    held = {id(model.get_parameter(name)) for name in names if name in dict(model.named_parameters())}
+    kinds = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+    return [layer for layer in model.modules() if isinstance(layer, kinds) and id(layer.weight) in held]
 
 
 def set_by_hand(before: nn.Module, after: nn.Module, heads: dict[nn.Module, int], left: dict[nn.Module, int]) -> None:
@@ -90,7 +80,7 @@ def cut(model: nn.Module, inputs: Inputs, structure: Structure, ratio: float) ->
         prune_head_dims=False,
         head_pruning_ratio=ratio,
         ignored_layers=left_alone(model, structure),
-        output_transform=lambda answer: sum(tensor.sum() for tensor in answers_of(answer)),
+        output_transform=lambda answer: answers_of(answer)[0],
     )
     before, counts = copy.deepcopy(model), 0
     for group in pruner.step(interactive=True):

@@ -37,6 +37,13 @@ def measure(names: list[str], *, peer_path: str | None) -> dict[str, dict[str, A
         return {name: collect(folder / name) for name in names}
 
 
+def measure_peer(names: list[str], *, path: str) -> dict[str, dict[str, Any]]:
+    """Run the peer alone."""
+    with tempfile.TemporaryDirectory() as temporary:
+        run("peer.py", Path(temporary), names, path=path)
+        return {name: collect(Path(temporary) / name).get("peer", {}) for name in names}
+
+
 def collect(folder: Path) -> dict[str, Any]:
     """Read what the processes wrote about one model."""
 
@@ -52,7 +59,7 @@ def collect(folder: Path) -> dict[str, Any]:
     elif "error" in found or "error" in replayed:
         script, why = ("cut", found["error"]) if "error" in found else ("replay", replayed["error"])
         found |= {"verdict": "fail", "why": f"{script}: {why}"}
-    else:
+    elif "ratios" in found:
         for ratio, measured in found["ratios"].items():
             measured |= replayed[ratio]
         found["all_kinds_run"] = replayed["all_kinds_run"]
@@ -85,11 +92,19 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop before the next model after this time"
     )
+    parser.add_argument("--peer-only", action="store_true", help="only the peer, for models that results.json holds")
     options = parser.parse_args()
     sys.path.insert(0, str(HERE.parents[1]))
     from architectures import ARCHITECTURES
 
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if options.peer_only:
+        known = [name for name in options.only or ARCHITECTURES if name in results]
+        for name, found in measure_peer(known, path=options.peer_path).items():
+            results[name]["peer"] = found
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write_table(HERE / "README.md", results, list(ARCHITECTURES))
+        return 0
     wanted = [name for name in options.only or ARCHITECTURES if options.again or name not in results]
     started = time.monotonic()
     for batch in [wanted[place : place + BATCH] for place in range(0, len(wanted), BATCH)]:
