@@ -38,7 +38,7 @@ from lightning_opt.pruning.selection import select
 from lightning_opt.pruning.sizes import sizes_on_disk
 from lightning_opt.pruning.solvers import SparseGPT
 from lightning_opt.pruning.statistics import Statistics
-from lightning_opt.pruning.structure import Structure, trace
+from lightning_opt.pruning.structure import Group, Refusal, Structure, trace
 from lightning_opt.pruning.structured import choose, shrink
 from lightning_opt.pruning.summary import pruning_summary
 from lightning_opt.pruning.widths import GlobalSizes, Sizes, Structures, UniformSizes
@@ -62,6 +62,7 @@ __all__ = [
     "FirstOrder",
     "GlobalAllocation",
     "GlobalSizes",
+    "Group",
     "GroupCriterion",
     "GroupNorm",
     "Iterative",
@@ -75,6 +76,7 @@ __all__ = [
     "Pattern",
     "PerLayer",
     "Random",
+    "Refusal",
     "Regrow",
     "RigL",
     "Rows",
