@@ -13,6 +13,7 @@ from lightning_opt.callbacks.prune_arguments import What, When
 from lightning_opt.callbacks.prune_neighbours import (
     forget_best_if_settled,
     hold_early_stopping,
+    nothing,
     restore_averages,
     save_soon,
 )
@@ -127,7 +128,7 @@ class Prune(pl.Callback):
         self._run: Pruning | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._settled = False
-        self._release = _nothing
+        self._release = nothing
         # Lightning asks for the key at each hook of each step.
         self._state_key = self._generate_state_key(
             pattern=type(pattern).__name__, module=module, include=self.what.include, exclude=self.what.exclude
@@ -307,8 +308,4 @@ class Prune(pl.Callback):
         if self._run is not None:
             self._run.detach()
         self._release()
-        self._release = _nothing
-
-
-def _nothing() -> None:
-    """Release nothing."""
+        self._release = nothing

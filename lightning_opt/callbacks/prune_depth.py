@@ -13,6 +13,7 @@ from lightning_opt.callbacks.prune_neighbours import (
     averages,
     forget_best_if_settled,
     hold_early_stopping,
+    nothing,
     restore_averages,
     save_soon,
 )
@@ -72,7 +73,7 @@ class PruneDepth(pl.Callback):
         self._step: int | None = None
         self._root: nn.Module | None = None
         self._done: dict[str, int] = {}
-        self._release = _nothing
+        self._release = nothing
 
     @property
     def is_settled(self) -> bool:
@@ -198,8 +199,4 @@ class PruneDepth(pl.Callback):
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         self._release()
-        self._release = _nothing
-
-
-def _nothing() -> None:
-    """Release nothing."""
+        self._release = nothing

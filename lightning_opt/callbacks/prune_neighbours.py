@@ -46,6 +46,10 @@ def restore_averages(trainer: "pl.Trainer", checkpoint: dict[str, Any]) -> None:
         restore_recipes(copy, checkpoint)
 
 
+def nothing() -> None:
+    """Take nothing back."""
+
+
 def hold_early_stopping(trainer: "pl.Trainer", is_settled: Callable[[], bool]) -> Undo:
     """Let early stopping look at nothing until the model is settled; its patience begins there.
 

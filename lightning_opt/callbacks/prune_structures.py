@@ -166,7 +166,8 @@ class StructurePlan:
 
     def remaining(self, masks: Masks) -> int:
         """Return how many parameters of the network are neither gone nor masked."""
-        masked = sum(p.numel() * masks.per_layer().get(name, 0.0) for name, p in self.parameters.items())
+        shares = masks.per_layer()
+        masked = sum(p.numel() * shares.get(name, 0.0) for name, p in self.parameters.items())
         return sum(parameter.numel() for parameter in self.root.parameters()) - round(masked)
 
     def state_dict(self) -> dict[str, Any]:

@@ -78,7 +78,11 @@ class Length:
         manual = not trainer.lightning_module.automatic_optimization
         each = max(len(trainer.optimizers), 1) if manual else 1
         accumulated = 1 if manual else trainer.accumulate_grad_batches
-        per_epoch = each * math.ceil(batches / accumulated) if math.isfinite(batches) else None
+        return cls.bounded(trainer, each * math.ceil(batches / accumulated) if math.isfinite(batches) else None)
+
+    @classmethod
+    def bounded(cls, trainer: "pl.Trainer", per_epoch: int | None) -> "Length":
+        """Return the length of epochs of so many steps within a trainer's `max_epochs` and `max_steps`."""
         epochs, limit = trainer.max_epochs, trainer.max_steps
         limits = [limit] if limit not in (None, -1) else []
         if per_epoch is not None and epochs not in (None, -1):

@@ -53,7 +53,4 @@ def _length(trainer: pl.Trainer, datamodule: pl.LightningDataModule) -> Length |
     except TypeError:
         return None
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-    steps = math.ceil(batches / trainer.accumulate_grad_batches)
-    bounds = [trainer.max_steps] if trainer.max_steps != -1 else []
-    bounds += [steps * trainer.max_epochs] if trainer.max_epochs not in (None, -1) else []
-    return Length(total_steps=min(bounds) if bounds else None, steps_per_epoch=steps)
+    return Length.bounded(trainer, math.ceil(batches / trainer.accumulate_grad_batches))
