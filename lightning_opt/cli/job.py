@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_opt.cli import measuring
+from lightning_opt.cli.answers import find_cache
 from lightning_opt.cli.fitting import Fitted, Interrupted, fit
 from lightning_opt.cli.log import heard, log, log_to_file, start_logging
 from lightning_opt.cli.precheck import check_before_fits
 from lightning_opt.cli.run_folder import claim, is_finished, save_config
 from lightning_opt.cli.start import starter
-from lightning_opt.cli.teachers import Found, check_match, find_cache, find_teachers
+from lightning_opt.cli.teachers import Found, check_match, find_teachers
 from lightning_opt.config import launch
 from lightning_opt.config.build import Config, build_task
 from lightning_opt.config.build_fit import build_data

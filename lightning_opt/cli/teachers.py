@@ -14,16 +14,12 @@ import lightning.pytorch as pl
 
 import lightning_opt
 from lightning_opt.cli.fitting import fit
-from lightning_opt.cli.log import log
 from lightning_opt.config import launch
-from lightning_opt.config.build import Config, build_model, build_task, build_teacher, build_terms, build_weighting
+from lightning_opt.config.build import Config, build_model, build_task, build_teacher
 from lightning_opt.config.build_fit import build_data, build_module
 from lightning_opt.export import load
-from lightning_opt.losses.teachers import FixedWeights
 from lightning_opt.models import load_weights
-from lightning_opt.modules import Distillation, Teacher, TeacherCache
-from lightning_opt.modules.matching import mix_of, readers_of_features
-from lightning_opt.modules.teacher_cache import cache_key, store
+from lightning_opt.modules import Distillation, Teacher
 from lightning_opt.tasks import Example, Task
 
 # What changes how fast a teacher is trained, not what it becomes.
@@ -78,7 +74,7 @@ def _trained(config: Config, node: Config) -> Found:
         name = "teacher" if node.get("members", 1) == 1 else f"teacher {member + 1}"
         if launch.rank() > 0:
             launch.wait_for_file(folder / "fit.json")  # rank 0 trains it
-        with _alone(folder), launch.as_one_process():
+        with alone(folder), launch.as_one_process():
             inner = find_teachers(recipe)
             fitted = fit(
                 recipe,
@@ -100,7 +96,7 @@ def teacher_config(config: Config, member: int = 0) -> Config:
     A teacher may have a teacher: `teacher.train.teacher` and `teacher.train.loss` make a chain of assistants.
     """
     node = config["teacher"]
-    budget = node["train"] if isinstance(node["train"], dict) else {}
+    budget = node_of_training(config)
     trainer = copy.deepcopy(config["trainer"])
     if budget.get("max_epochs") or budget.get("max_steps"):
         trainer |= {"max_epochs": budget.get("max_epochs"), "max_steps": budget.get("max_steps") or -1}
@@ -136,6 +132,12 @@ def _whole_batch(config: Config) -> Config:
     return {"batch_size": size * count * int(config["trainer"].get("num_nodes") or 1)}
 
 
+def node_of_training(config: Config) -> Config:
+    """Return how the teacher is trained; empty where it is not trained here."""
+    node = config["teacher"].get("train")
+    return node if isinstance(node, dict) else {}
+
+
 def teacher_key(recipe: Config) -> str:
     """Return the hash under which a trained teacher is kept: of all that decides what it becomes."""
     facts: dict[str, Any] = {
@@ -162,62 +164,8 @@ def check_match(config: Config, teachers: Sequence[Teacher], datamodule: pl.Ligh
     module.build(Example(inputs=datamodule.example_inputs(2)), vocab_size=getattr(datamodule, "vocab_size", None))
 
 
-def find_cache(config: Config, teachers: Sequence[Teacher], datamodule: pl.LightningDataModule, task: Task) -> Any:
-    """Return the teachers' stored answers, computed first where needed; None where none are wanted or can be kept.
-
-    Raises:
-        ConfigError: The data's samples are not replayable.
-    """
-    spec = (config.get("teacher") or {}).get("cache")
-    if not spec or not teachers:
-        return None
-    if not hasattr(datamodule, "fingerprint"):
-        log.warning(
-            "warning: teacher.cache is not used: %s has no fingerprint(), so stored answers could not be told from "
-            "those on other data; the teacher answers each batch (derive from lightning_opt.data.DataModule to store)",
-            type(datamodule).__name__,
-        )
-        return None
-    if readers := readers_of_features(build_terms(config["loss"]["terms"])):
-        log.warning(
-            "warning: teacher.cache is not used: loss.terms.%s reads the teacher's features and only its logits are "
-            "stored; the teacher answers each batch",
-            readers[0],
-        )
-        return None
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-    loader = datamodule.train_dataloader()
-    versions = max(int(getattr(datamodule, "variants", 0)), 1)
-    weighting = build_weighting(config["teacher"]) or FixedWeights()
-    spec = {"outputs": spec.get("outputs", "full"), "k": spec.get("k", 64)}
-    key = cache_key(
-        teachers, data_fingerprint=datamodule.fingerprint(), versions=versions, spec=spec, weighting=weighting
-    )
-    folder = Path(config["paths"]["cache_dir"]).expanduser() / "teacher_outputs" / key[:24]
-    with _alone(folder):
-        if folder.is_dir():
-            return TeacherCache(folder)
-        log.info("teacher: storing its answers on %d samples in %d version(s)", len(loader.dataset), versions)
-        return store(
-            folder,
-            teachers,
-            fetch=lambda version, rows: task.read(_collated(loader, [(version, row) for row in rows])),
-            num_samples=len(loader.dataset),
-            versions=versions,
-            weighting=weighting,
-            mix=mix_of(task),
-            batch_size=config["teacher"]["cache"].get("batch_size", 256),
-            **spec,
-        )
-
-
-def _collated(loader: Any, keys: list[tuple[int, int]]) -> Any:
-    return loader.collate_fn(loader.dataset.__getitems__(keys))
-
-
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Let one process at a time make what belongs into `folder`; the others then find it made."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:

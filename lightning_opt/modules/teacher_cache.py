@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_opt.errors import ConfigError, StorageError
-from lightning_opt.losses import Supervision, combine_teachers
+from lightning_opt.losses import Signals, Supervision, combine_teachers
 from lightning_opt.losses.teachers import Mix, TeacherWeights
 from lightning_opt.losses.top_k import TopK, expand_top_k, top_k_of
 from lightning_opt.modules.teacher import Teacher
@@ -86,6 +87,19 @@ def cache_key(
     return digest.hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """Versions of each sample that only the teacher sees.
+
+    Attributes:
+        fetch: Gives the samples of `(version, indices)` as one example.
+        count: How many versions there are.
+    """
+
+    fetch: Fetch
+    count: int
+
+
 def store(
     folder: Path,
     teachers: Sequence[Teacher],
@@ -95,6 +109,7 @@ def store(
     versions: int,
     weighting: TeacherWeights,
     mix: Mix,
+    views: Views | None = None,
     outputs: str = "full",
     k: int = 64,
     batch_size: int = 256,
@@ -109,6 +124,7 @@ def store(
         versions: How many versions of each sample there are; 1 where samples never change.
         weighting: How much each of several teachers counts.
         mix: What is averaged then.
+        views: What the teachers are asked about instead of the sample itself; the mean of their logits is stored.
         outputs: "full" logits, or "top_k" log-probabilities with the mass of the tail.
         k: How many outputs "top_k" keeps.
         batch_size: Samples per question.
@@ -126,7 +142,7 @@ def store(
         for version, start in product(range(versions), range(0, num_samples, batch_size)):
             rows = range(start, min(start + batch_size, num_samples))
             example = fetch(version, rows)
-            said = [teacher(example.inputs) for teacher in teachers]
+            said = [_mean_answer(teacher, example, rows, views) for teacher in teachers]
             shares = weighting(said, Supervision(labels=example.labels))
             yield version, rows, combine_teachers(said, shares, mix=mix).logits
 
@@ -140,6 +156,14 @@ def store(
             return TeacherCache(folder)
         raise StorageError(f"teacher.cache: cannot write {folder} ({error.strerror}); free some space") from error
     return TeacherCache(folder)
+
+
+def _mean_answer(teacher: Teacher, example: Example, rows: Sequence[int], views: Views | None) -> Signals:
+    """Ask a teacher about samples, or about each view of them and take the mean of its logits."""
+    if views is None:
+        return teacher(example.inputs)
+    answers = [teacher(views.fetch(version, rows).inputs).logits for version in range(views.count)]
+    return Signals(logits=torch.stack(answers).mean(dim=0))
 
 
 def _fill(

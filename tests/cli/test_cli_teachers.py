@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 
 from lightning_opt.cli import teachers
 from lightning_opt.cli.start import starter
-from lightning_opt.cli.teachers import find_cache, find_teachers, teacher_config, teacher_key
-from lightning_opt.config.build import build_model, build_task
+from lightning_opt.cli.teachers import find_teachers, teacher_config, teacher_key
+from lightning_opt.config.build import build_model
 from lightning_opt.config.build_fit import build_data
 from lightning_opt.config.checks import check
 from lightning_opt.config.compose import compose_config, plain, read_command_line
@@ -94,43 +94,6 @@ def test_a_file_of_another_network_is_refused(config, tmp_path):
     values["teacher"] |= {"weights": str(tmp_path / "t.safetensors")}
     with pytest.raises(ConfigError, match=r"t\.safetensors"):
         find_teachers(values)
-
-
-def test_stored_answers_are_found_again_and_replace_the_teacher(config):
-    values = config()
-    found = find_teachers(values)
-    task, data = build_task(values), build_data(values)
-    cache = find_cache(values, found.teachers, data, task)
-    batch = next(iter(data.train_dataloader()))
-    want = found.teachers[0](batch[0]).logits
-    torch.testing.assert_close(cache.read(batch[2], epoch=0), want, atol=1e-2, rtol=1e-2)
-    assert find_cache(values, found.teachers, build_data(values), task).folder == cache.folder
-
-
-def test_stored_answers_give_way_to_losses_that_read_features(config, caplog, monkeypatch):
-    """The distill experiment stores answers; another loss of the user's must not need to know that."""
-    monkeypatch.setattr(teachers.log, "propagate", True)
-    values = config("loss=[kd,similarity_preserving]")
-    found = find_teachers(values)
-    assert find_cache(values, found.teachers, build_data(values), build_task(values)) is None
-    assert "similarity_preserving reads the teacher's features" in caplog.text
-
-
-def test_unseeded_augmentation_is_refused_by_the_cache(config):
-    values = config()
-    found = find_teachers(values)
-    data = build_data(values)
-    loader = data.train_dataloader()
-    original = type(loader.dataset).__getitems__
-
-    class Noisy(type(loader.dataset)):
-        def __getitems__(self, keys):
-            x, *rest = original(self, keys)
-            return (x + torch.rand_like(x), *rest)
-
-    data.splits.train.__class__ = Noisy
-    with pytest.raises(ConfigError, match="not seeded"):
-        find_cache(values, found.teachers, data, build_task(values))
 
 
 def test_a_students_layers_start_from_the_teachers(config):

@@ -1,0 +1,114 @@
+"""Stored answers: about the student's samples, or about versions of them that only the teacher sees."""
+
+import pytest
+import torch
+
+from lightning_opt.cli import answers
+from lightning_opt.cli.answers import find_cache
+from lightning_opt.cli.teachers import find_teachers
+from lightning_opt.config.build import build_task
+from lightning_opt.config.build_fit import build_data
+from lightning_opt.config.checks import check
+from lightning_opt.config.compose import compose_config, plain, read_command_line
+from lightning_opt.errors import ConfigError
+
+BASE = (
+    "+experiment=distill",
+    "data=digits",
+    "data.batch_size=256",
+    "model.image_size=8",
+    "teacher.model.image_size=8",
+    "teacher.model.widths=[4]",
+    "teacher.model.hidden=null",
+    "teacher.train.max_epochs=1",
+    "trainer.max_epochs=1",
+    "trainer.accelerator=cpu",
+    "callbacks=none",
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def composed(*words):
+        values = plain(
+            compose_config(read_command_line([*BASE, *words, f"paths.cache_dir={tmp_path}"], config_name="train"))
+        )
+        check(values)
+        return values
+
+    return composed
+
+
+def test_stored_answers_are_found_again_and_replace_the_teacher(config):
+    values = config("teacher.cache.average_versions=null")
+    found = find_teachers(values)
+    task, data = build_task(values), build_data(values)
+    cache = find_cache(values, found.teachers, data, task)
+    batch = next(iter(data.train_dataloader()))
+    want = found.teachers[0](batch[0]).logits
+    torch.testing.assert_close(cache.read(batch[2], epoch=0), want, atol=1e-2, rtol=1e-2)
+    assert find_cache(values, found.teachers, build_data(values), task).folder == cache.folder
+
+
+def test_stored_answers_give_way_to_losses_that_read_features(config, caplog, monkeypatch):
+    """The distill experiment stores answers; another loss of the user's must not need to know that."""
+    monkeypatch.setattr(answers.log, "propagate", True)
+    values = config("loss=[kd,similarity_preserving]")
+    found = find_teachers(values)
+    assert find_cache(values, found.teachers, build_data(values), build_task(values)) is None
+    assert "similarity_preserving reads the teacher's features" in caplog.text
+
+
+def test_unseeded_augmentation_is_refused_by_the_cache(config):
+    values = config("teacher.cache.average_versions=null")
+    found = find_teachers(values)
+    data = build_data(values)
+    loader = data.train_dataloader()
+    original = type(loader.dataset).__getitems__
+
+    class Noisy(type(loader.dataset)):
+        def __getitems__(self, keys):
+            x, *rest = original(self, keys)
+            return (x + torch.rand_like(x), *rest)
+
+    data.splits.train.__class__ = Noisy
+    with pytest.raises(ConfigError, match="not seeded"):
+        find_cache(values, found.teachers, data, build_task(values))
+
+
+def test_the_mean_answer_over_versions_that_the_student_never_sees(config):
+    values = config("teacher.cache.average_versions=3")
+    found, task, data = find_teachers(values), build_task(values), build_data(values)
+    cache = find_cache(values, found.teachers, data, task)
+    assert cache.versions == 1
+    x, _, index = next(iter(data.train_dataloader()))
+    assert torch.equal(x, data.splits.train.plain().__getitems__(index.tolist())[0])
+    seen = build_data(
+        {**values, "data": {**values["data"], **values["teacher"]["train"]["data"], "variants": 3, "seed": 0}}
+    )
+    shown = [seen.splits.train.__getitems__([(version, int(i)) for i in index])[0] for version in range(3)]
+    assert not torch.equal(shown[0], shown[1])
+    want = torch.stack([found.teachers[0](each).logits for each in shown]).mean(0)
+    torch.testing.assert_close(cache.read(index, epoch=5), want, atol=1e-2, rtol=1e-2)
+    plainly = find_cache(config("teacher.cache.average_versions=null"), found.teachers, build_data(values), task)
+    assert plainly.folder != cache.folder
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["data.augment={_target_: lightning_opt.data.RandomShift, pixels: 1}"], "the student's own samples change"),
+        (["teacher.cache.data={augment: null}"], "no versions to average"),
+        (
+            [
+                "teacher.cache.data={val_fraction: 0.3, augment: {_target_: lightning_opt.data.RandomNoise, std: 1}}",
+            ],
+            "training samples",
+        ),
+    ],
+)
+def test_versions_that_cannot_be_averaged_are_refused(config, words, what):
+    values = config("teacher.cache.average_versions=2", *words)
+    found = find_teachers(values)
+    with pytest.raises(ConfigError, match=what):
+        find_cache(values, found.teachers, build_data(values), build_task(values))
