@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_opt.callbacks.compiled import is_compiled
 from lightning_opt.callbacks.non_finite import NonFiniteGuard, is_bad
 from lightning_opt.callbacks.prune_neighbours import mask_averages
 from lightning_opt.callbacks.prune_plan import Plan
@@ -290,12 +291,6 @@ class Pruning:
         if any(past < point <= now for point in self.schedule.rewind_points):
             self.rewind.restore(self.plan.root, self.trainer.optimizers)
             self.masks.apply()
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether some of a module's code is compiled, which neither notices hooks that come and go nor new sizes."""
-    inside = any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in module.modules())
-    return inside or getattr(module, "_compiler_ctx", None) is not None
 
 
 def install(statistics: Statistics, *, eagerly: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_opt.callbacks.compiled import uncompiled
 from lightning_opt.callbacks.prune_neighbours import averages
 from lightning_opt.callbacks.prune_target import check_names, matches
 from lightning_opt.errors import ConfigError
@@ -73,7 +74,7 @@ class StructurePlan:
         """Trace the network as it is now."""
         self._edits = len(recipe_of(self.root))
         inputs = map_inputs(self.example_inputs, partial(_like, next(self.root.parameters())))
-        with _uncompiled(self.root), _answering_with(self.root, self.taps):
+        with uncompiled(self.root), _answering_with(self.root, self.taps):
             self.structure = trace(self.root, inputs)
             if isinstance(self.allocation, Sizes):
                 self.allocation = self.allocation.for_model(self.root, inputs)
@@ -211,19 +212,6 @@ def unwrapped(trainer: "pl.Trainer") -> Iterator[None]:
     yield
     if wrapped:
         strategy.configure_ddp()
-
-
-@contextmanager
-def _uncompiled(root: nn.Module) -> Iterator[None]:
-    """Let modules that were compiled in place run as they are written."""
-    compiled = [(m, m._compiled_call_impl) for m in root.modules() if m._compiled_call_impl is not None]
-    for module, _ in compiled:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, implementation in compiled:
-            module._compiled_call_impl = implementation
 
 
 @contextmanager

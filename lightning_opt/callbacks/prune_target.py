@@ -228,7 +228,7 @@ def _first_inputs(trainer: "pl.Trainer", pl_module: "pl.LightningModule", sample
     except TypeError as error:
         raise ConfigError(
             f"example_inputs is not given, and a training batch ({type(batch).__name__}) does not say which part of it "
-            "the network takes: Prune(..., example_inputs=...)"
+            "the network takes: give the callback example_inputs=..."
         ) from error
 
 

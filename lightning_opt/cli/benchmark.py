@@ -27,8 +27,9 @@ def _main(words: list[str]) -> int:
 def _benchmark(config: dict[str, Any]) -> int:
     """Load the models, measure them side by side, and print the measures as JSON."""
     from lightning_opt.cli.finished import take_up
+    from lightning_opt.cli.judging import example_of
     from lightning_opt.cli.log import start_logging
-    from lightning_opt.cli.measuring import benchmark_options, example_of
+    from lightning_opt.cli.measuring import benchmark_options
     from lightning_opt.evaluation import measure
     from lightning_opt.export import load
 

@@ -26,8 +26,8 @@ def _main(words: list[str]) -> int:
 def _evaluate(config: dict[str, Any]) -> int:
     """Rebuild the run, test its model, and print the metrics as one line of JSON."""
     from lightning_opt.cli.finished import take_up
+    from lightning_opt.cli.judging import quality_of
     from lightning_opt.cli.log import start_logging
-    from lightning_opt.cli.measuring import quality_of
     from lightning_opt.forward import predict
 
     start_logging()

@@ -91,7 +91,7 @@ def fit(
     started = time.monotonic()
     _train(run, resume, name)
     seconds = time.monotonic() - started
-    best = _load_best(run)
+    best = _load_final(run)
     fitted = Fitted(
         model=run.module.model.cpu().eval(),
         quality=judge(run.trainer, run.module, run.datamodule),
@@ -147,8 +147,11 @@ def load_weights(module: nn.Module, checkpoint: Path) -> None:
     module.load_state_dict({name: value for name, value in saved["state_dict"].items() if name.startswith(wanted)})
 
 
-def _load_best(run: Run) -> Path:
-    best = run.checkpoints.best_path or run.checkpoints.last_path
+def _load_final(run: Run) -> Path:
+    """Load what a callback made of the best weights after training, such as a quantized model, else those."""
+    callbacks: list[pl.Callback] = run.trainer.callbacks  # type: ignore[attr-defined]
+    made = [path for callback in callbacks if (path := getattr(callback, "checkpoint_path", None))]
+    best = made[-1] if made else run.checkpoints.best_path or run.checkpoints.last_path
     if best is None or not Path(best).is_file():
         raise NoCheckpointError(f"{run.folder / 'checkpoints'}: training left no checkpoint to take the weights from")
     load_weights(run.module, Path(best))

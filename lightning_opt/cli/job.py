@@ -129,17 +129,17 @@ def _fits(config: Config, folder: Path) -> tuple[dict[str, Fitted], Found]:
     found = find_teachers(config)
     check_match(config, found.teachers, data, task)
     cache = find_cache(config, found.teachers, data, task)
-    pruned = bool(config.get("pruner"))
+    changed = bool(config.get("pruner") or config.get("quantizer"))
     fitted = {}
-    if config.get("baseline") and (found.teachers or pruned):
+    if config.get("baseline") and (found.teachers or changed):
         fitted["baseline"] = fit(
             {**config, "teacher": None},
             folder / "baseline",
             task=task,
             datamodule=build_data(config),
-            name="dense model alone" if pruned else "student alone",
+            name="dense model alone" if changed else "student alone",
             # What pruning costs shows against the same start; what a teacher is worth, against one without its layers.
-            prepare=starter(config, found.teachers if pruned else []),
+            prepare=starter(config, found.teachers if changed else []),
             dense=True,
         )
     fitted["student"] = fit(
@@ -149,15 +149,16 @@ def _fits(config: Config, folder: Path) -> tuple[dict[str, Fitted], Found]:
         datamodule=data,
         teachers=found.teachers,
         cache=cache,
-        name=" ".join(_what_it_is(pruned, bool(found.teachers))),
+        name=" ".join(_what_it_is(config, distilled=bool(found.teachers))),
         prepare=starter(config, found.teachers),
     )
     return fitted, found
 
 
-def _what_it_is(pruned: bool, distilled: bool) -> list[str]:
+def _what_it_is(config: Config, *, distilled: bool) -> list[str]:
     """Return how the log calls the model that the run is for."""
-    return ["pruned"] * pruned + (["distilled", "student"] if distilled else ["model"])
+    done = [word for key, word in (("pruner", "pruned"), ("quantizer", "quantized")) if config.get(key)]
+    return [*done, *(["distilled", "student"] if distilled else ["model"])]
 
 
 def objective(config: Config, record: Record) -> Any:

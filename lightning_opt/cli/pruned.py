@@ -11,12 +11,15 @@ from lightning_opt.pruning.summary import pruning_summary
 from lightning_opt.surgery import recipe_of
 
 Record = dict[str, Any]
+_OF_QUANTIZATION = frozenset({"quantize", "quantize_on", "convert"})
 UNTRAINED = "not trained: these are the shapes before pruning, built to be timed (baseline=true trains the control)"
 
 
 def was_pruned(config: Config, student: Fitted) -> bool:
     """Tell whether a run pruned, or was asked to: a pruner that did nothing is reported as such."""
-    return bool(config.get("pruner") or student.stages or len(recipe_of(student.model)))
+    stages = [stage for stage in student.stages if not str(stage["method"]).startswith("quant")]
+    edits = [edit for edit in recipe_of(student.model) if edit.op not in _OF_QUANTIZATION]
+    return bool(config.get("pruner") or stages or edits)
 
 
 def dense_of(config: Config, models: dict[str, nn.Module]) -> tuple[str, nn.Module]:

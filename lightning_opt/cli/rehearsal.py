@@ -45,6 +45,10 @@ def _rehearse_fit(config: Config, parts: Parts, task: "Task", teachers: list[Tea
     from lightning_opt.config.build_fit import assemble, build_data, build_trainer
 
     start_logging()  # again: Lightning's import has set its loggers to its own taste
+    if (config.get("export") or {}).get("schemes"):
+        from lightning_opt.cli.alternatives import check_schemes
+
+        check_schemes(config)
     datamodule = build_data(config)
     _check_outputs(task, datamodule)
     trainer, _ = build_trainer(config, Path("never-written"), task)

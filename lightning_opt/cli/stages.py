@@ -11,7 +11,8 @@ Record = dict[str, Any]
 def stages_of(trainer: pl.Trainer) -> list[Record]:
     """Collect what the trainer's callbacks say that they did to the model, as the record's `stages`.
 
-    A callback says it by a method `stages()` that returns `[{method, from_step, to_step, what}]`.
+    A callback says it by a method `stages()` that returns `[{method, from_step, to_step, what}]`; `layers` beside them,
+    a list of plain values by layer, is kept too.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     told = [getattr(callback, "stages", None) for callback in callbacks]
@@ -25,4 +26,6 @@ def _is_stage(stage: Any) -> bool:
 
 def _stage(told: Mapping[str, Any]) -> Record:
     steps = {key: None if told.get(key) is None else int(told[key]) for key in ("from_step", "to_step")}
-    return {"method": str(told["method"]), **steps, "what": str(told.get("what", ""))}
+    layers = [dict(row) for row in told.get("layers") or () if isinstance(row, Mapping)]
+    said = {"method": str(told["method"]), **steps, "what": str(told.get("what", ""))}
+    return {**said, "layers": layers} if layers else said

@@ -109,6 +109,7 @@ def teacher_config(config: Config, member: int = 0) -> Config:
         "teacher": budget.get("teacher"),
         "loss": budget.get("loss") or {"task_weight": 1.0, "terms": None},
         "pruner": None,
+        "quantizer": None,
         "start_from": None,
         "optimizer": budget.get("optimizer") or config["optimizer"],
         "scheduler": budget.get("scheduler") or config.get("scheduler"),

@@ -171,7 +171,7 @@ def _callbacks(config: Config) -> list[pl.Callback]:
     nodes = {f"callbacks.{name}": node for name, node in (config.get("callbacks") or {}).items()}
     nodes.pop("callbacks.checkpoints", None)
     nodes.setdefault("callbacks.non_finite", {"_target_": "lightning_opt.callbacks.NonFiniteGuard"})
-    nodes = {"pruner": config.get("pruner"), **nodes}
+    nodes = {"pruner": config.get("pruner"), "quantizer": config.get("quantizer"), **nodes}
     made = []
     for key, node in nodes.items():
         if not node:

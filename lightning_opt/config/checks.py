@@ -29,6 +29,7 @@ def check(config: dict[str, Any]) -> list[str]:
     _check_teacher(config)
     _check_start(config)
     _check_length(config)
+    _check_order(config)
     return _warnings(config)
 
 
@@ -181,8 +182,29 @@ def _check_length(config: dict[str, Any]) -> None:
         raise ConfigError("trainer.max_epochs and trainer.max_steps are both unlimited; give one of them")
 
 
+def _check_order(config: dict[str, Any]) -> None:
+    """Refuse to remove channels from a model whose quantizers are on; moments in other units are compared later.
+
+    Raises:
+        ConfigError: Naming both keys.
+    """
+    pruner, quantizer = config.get("pruner") or {}, config.get("quantizer") or {}
+    start = quantizer.get("start")
+    if not quantizer or quantizer.get("method", "qat") != "qat" or not isinstance(start, float | int):
+        return
+    if not str((pruner.get("pattern") or {}).get("_target_", "")).endswith(".Structures"):
+        return
+    key = "end" if pruner.get("shrink_at") is None else "shrink_at"
+    cut = pruner.get(key)
+    if isinstance(cut, float | int) and cut >= start:
+        raise ConfigError(
+            f"pruner.{key}={cut} and quantizer.start={start}: what is pruned must be gone before quantizers are "
+            f"switched on; set quantizer.start above {cut}"
+        )
+
+
 def _warnings(config: dict[str, Any]) -> list[str]:
     found = []
-    if config.get("baseline") and not (config.get("teacher") or config.get("pruner")):
-        found.append("baseline=true has no effect: without a teacher or a pruner the run is its own baseline")
+    if config.get("baseline") and not any(config.get(key) for key in ("teacher", "pruner", "quantizer")):
+        found.append("baseline=true has no effect: without teacher, pruner or quantizer the run is its own baseline")
     return found

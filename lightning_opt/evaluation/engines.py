@@ -122,7 +122,7 @@ def _build(model: nn.Module, example_inputs: Inputs, engine: str, *, threads: in
     name, _, dtype = engine.partition(":")
     if name == "torch":
         return HalfRunner(model) if dtype == "bfloat16" else EagerRunner(model)
-    program = export_program(model, example_inputs)
+    program = export_program(model, example_inputs, engines=True)
     if name == "onnxruntime":
         return OnnxRunner(write_onnx(program, folder / "model.onnx"), threads=threads)
     return OpenVinoRunner(write_openvino(program, folder / "model.xml"), threads=threads, dtype=dtype or "float32")

@@ -100,6 +100,17 @@ def percentile_ms(samples_ms: tuple[float, ...], percent: int) -> float | None:
     return float(np.percentile(samples_ms, percent))
 
 
+def latency_row(samples_ms: tuple[float, ...], *, batch: int) -> dict[str, float | int | None]:
+    """Return one row of the record's `latency_ms`: percentiles, and on busy machines the least disturbed calls.
+
+    Returns:
+        `batch, p50, p95, p99` (None where there are too few calls for it), `p10` and `min`, in milliseconds.
+    """
+    row: dict[str, float | int | None] = {"batch": batch}
+    row |= {f"p{percent}": percentile_ms(samples_ms, percent) for percent in MIN_CALLS}
+    return row | {"p10": percentile_ms(samples_ms, 10), "min": float(min(samples_ms))}
+
+
 @contextlib.contextmanager
 def fixed_threads(threads: int | None) -> Iterator[int]:
     """Hold PyTorch to `threads` CPU threads, yield their number, and restore it; None keeps the number as it is.

@@ -1,13 +1,14 @@
 """Named models side by side: what each takes to run, on this machine, in one process, interleaved."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_opt.evaluation.cost import Price, cost_per_million
 from lightning_opt.evaluation.energy import EnergyMeter, EnergyUnavailableError, energy_meter, measure_energy
@@ -18,7 +19,7 @@ from lightning_opt.evaluation.latency import (
     MIN_CALLS,
     Timings,
     fixed_threads,
-    percentile_ms,
+    latency_row,
     synchronizer,
     time_interleaved,
 )
@@ -26,10 +27,26 @@ from lightning_opt.evaluation.memory import peak_memory
 from lightning_opt.evaluation.parameters import count_nonzero, count_parameters, model_dtype
 from lightning_opt.evaluation.size import safetensors_bytes
 from lightning_opt.evaluation.state import evaluation_mode, on_device
+from lightning_opt.export.precision import FLOATS, precision_of
 from lightning_opt.export.runner import EagerRunner, Runner
 from lightning_opt.forward import Inputs
 
 Measures = dict[str, Any]
+Judge = Callable[[Callable[[Inputs], Tensor]], Mapping[str, float]]
+_FILE = "file\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured side by side.
+
+    Attributes:
+        models: The record's measures of each model, without its quality.
+        runners: `latency_ms`, `throughput_per_s` and `reasons` of each runner that was timed beside the models.
+    """
+
+    models: dict[str, Measures]
+    runners: dict[str, Measures] = field(default_factory=dict)
 
 
 def measure(
@@ -65,7 +82,56 @@ def measure(
     Raises:
         ConfigError: An engine is unknown or not installed.
     """
+    return measure_beside(
+        models,
+        example_inputs,
+        runners={},
+        batch_sizes=batch_sizes,
+        threads=threads,
+        rounds=rounds,
+        max_seconds=max_seconds,
+        engines=engines,
+        price=price,
+        device=device,
+    ).models
+
+
+def measure_beside(
+    models: Mapping[str, nn.Module],
+    example_inputs: Inputs,
+    *,
+    runners: Mapping[str, Runner],
+    only_eager: Collection[str] = (),
+    judge: Judge | None = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    threads: int | None = 1,
+    rounds: int = 300,
+    max_seconds: float = 10.0,
+    engines: Sequence[str] | str = ("torch",),
+    price: Price | None = None,
+    device: torch.device | str = "cpu",
+) -> Measured:
+    """Measure models as `measure` does, with files in their engines between their calls.
+
+    Args:
+        models: As of `measure`.
+        example_inputs: As of `measure`.
+        runners: What runs each file, on the CPU, by a name of its own; with `threads` threads.
+        only_eager: Names of models that are timed in PyTorch eager alone: their files stand for them elsewhere.
+        judge: Takes what answers inputs and returns its quality; asked of each engine that rounds to bfloat16.
+        batch_sizes: As of `measure`, as all that follow.
+        threads: CPU threads of every engine.
+        rounds: Most calls of each at each batch size.
+        max_seconds: Time for each batch size.
+        engines: Of the models that are not in `only_eager`.
+        price: What an hour of this machine costs.
+        device: Where the models are measured.
+
+    Raises:
+        ConfigError: An engine is unknown or not installed.
+    """
     names = chosen_engines(engines) if torch.device(device).type == "cpu" else ["torch"]
+    engines_of = {name: ["torch"] if name in only_eager else names for name in models}
     inputs = to_device(example_inputs, device)
     each = list(models.values())
     with ExitStack() as stack:
@@ -73,15 +139,18 @@ def measure(
             stack.enter_context(context)
         count = stack.enter_context(fixed_threads(threads))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        bench = {
-            name: _Bench(name, model, inputs, names, threads=count, folder=folder / str(place))
+        bench = [
+            _Bench(name, model, inputs, engines_of[name], threads=count, folder=folder / str(place))
             for place, (name, model) in enumerate(models.items())
-        }
+        ]
         timings = {
-            batch: _time(bench.values(), at_batch(inputs, batch), rounds=rounds, max_seconds=max_seconds, device=device)
+            batch: _time(bench, runners, at_batch(inputs, batch), rounds=rounds, max_seconds=max_seconds, device=device)
             for batch in batch_sizes
         }
-        return {name: one.measures(timings, price=price, device=device) for name, one in bench.items()}
+        return Measured(
+            models={one.name: one.measures(timings, price=price, device=device, judge=judge) for one in bench},
+            runners={name: _timed(timings, _FILE + name) for name in runners},
+        )
 
 
 class _Bench:
@@ -93,9 +162,17 @@ class _Bench:
         folder.mkdir()
         self.name, self.model, self.inputs, self.threads = name, model, inputs, threads
         # PyTorch eager is always measured: it is what the top-level numbers mean.
-        others = [engine for engine in engines if engine != "torch"]
+        self.precision = precision_of(model)
+        others = [
+            engine for engine in engines if engine != "torch" and (self.dense or not engine.endswith(":bfloat16"))
+        ]
         self.eager = EagerRunner(model)
         self.others, self.failures = build_runners(model, inputs, others, threads=threads, folder=folder)
+
+    @property
+    def dense(self) -> bool:
+        """Whether its weights are floats."""
+        return self.precision in FLOATS
 
     def runners(self) -> Iterator[tuple[str, Runner]]:
         """Yield each engine under a key that no other model's engine has."""
@@ -106,7 +183,14 @@ class _Bench:
         """Return the key of an engine in the timings."""
         return f"{self.name}\n{runner.engine}\n{runner.dtype}"
 
-    def measures(self, timings: Mapping[int, Timings], *, price: Price | None, device: torch.device | str) -> Measures:
+    def measures(
+        self,
+        timings: Mapping[int, Timings],
+        *,
+        price: Price | None,
+        device: torch.device | str,
+        judge: Judge | None = None,
+    ) -> Measures:
         """Put the model's measures together."""
         key = self.key(self.eager)
         latency, throughput, reasons = _latency(timings, key)
@@ -126,30 +210,53 @@ class _Bench:
         }
         if flops.not_counted:
             reasons["flops_not_counted"] = ", ".join(sorted(flops.not_counted))
-        if any(timing.noisy(key) for timing in timings.values()):
-            reasons["latency_quality"] = "noisy: the machine was busy while this was timed; repeat it on a quiet one"
+        reasons |= _noise(timings, key)
         _add_energy(result, self.eager.bind(at_batch(self.inputs, 1)), device)
         _add_cost(result, price)
         if self.others:
-            result["engines"] = [self._entry(runner, timings) for runner in self.others]
+            result["engines"] = [self._entry(runner, timings, judge) for runner in self.others]
         return result | ({"engine_failures": self.failures} if self.failures else {})
 
-    def _entry(self, runner: Runner, timings: Mapping[int, Timings]) -> Measures:
+    def _entry(self, runner: Runner, timings: Mapping[int, Timings], judge: Judge | None) -> Measures:
         latency, throughput, reasons = _latency(timings, self.key(runner))
-        entry: Measures = {"engine": runner.engine, "dtype": runner.dtype, "dense": True, "threads": self.threads}
+        dtype = runner.dtype if self.dense else self.precision
+        entry: Measures = {"engine": runner.engine, "dtype": dtype, "dense": self.dense, "threads": self.threads}
         entry |= {"latency_ms": latency, "throughput_per_s": throughput}
+        if judge is not None and runner.dtype == "bfloat16":
+            entry["quality"] = dict(judge(runner.predict))
         return entry | ({"reasons": reasons} if reasons else {})
 
 
 def _time(
-    bench: Iterable[_Bench], inputs: Inputs, *, rounds: int, max_seconds: float, device: torch.device | str
+    bench: Iterable[_Bench],
+    runners: Mapping[str, Runner],
+    inputs: Inputs,
+    *,
+    rounds: int,
+    max_seconds: float,
+    device: torch.device | str,
 ) -> Timings:
-    """Time every engine of every model at one batch size, in rotating order."""
+    """Time every engine of every model, and every file, at one batch size, in rotating order."""
     calls = {key: runner.bind(inputs) for one in bench for key, runner in one.runners()}
     on_cpu = torch.device(device).type == "cpu"
+    if runners:
+        there = to_device(inputs, "cpu")
+        calls |= {_FILE + name: runner.bind(there) for name, runner in runners.items()}
     return time_interleaved(
         calls, rounds=rounds, max_seconds=max_seconds, synchronize=None if on_cpu else synchronizer(device)
     )
+
+
+def _timed(timings: Mapping[int, Timings], key: str) -> Measures:
+    """Return what was timed of one file."""
+    latency, throughput, reasons = _latency(timings, key)
+    return {"latency_ms": latency, "throughput_per_s": throughput, "reasons": reasons | _noise(timings, key)}
+
+
+def _noise(timings: Mapping[int, Timings], key: str) -> dict[str, str]:
+    if not any(timing.noisy(key) for timing in timings.values()):
+        return {}
+    return {"latency_quality": "noisy: the machine was busy while this was timed; repeat it on a quiet one"}
 
 
 def _latency(timings: Mapping[int, Timings], key: str) -> tuple[list[Measures], list[Measures], dict[str, str]]:
@@ -157,8 +264,8 @@ def _latency(timings: Mapping[int, Timings], key: str) -> tuple[list[Measures], 
     latency, throughput, reasons = [], [], {}
     for batch, timing in timings.items():
         samples = timing.samples_ms[key]
-        row = {f"p{percent}": percentile_ms(samples, percent) for percent in (50, 95, 99)}
-        latency.append({"batch": batch, **row})
+        row = latency_row(samples, batch=batch)
+        latency.append(row)
         throughput.append({"batch": batch, "value": 1e3 * batch / row["p50"] if row["p50"] else None})
         if None in row.values():
             reasons["latency_ms"] = (

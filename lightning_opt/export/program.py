@@ -1,11 +1,12 @@
 """Trace a model once into a program from which every format is written: main output only, free batch size."""
 
+import copy
 import inspect
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from lightning_opt.errors import ConfigError
 from lightning_opt.evaluation.inputs import at_batch
 from lightning_opt.evaluation.state import evaluation_mode
+from lightning_opt.export.runner import uncompiled
 from lightning_opt.forward import Inputs, predict
 
 OUTPUT_NAME = "logits"
@@ -23,7 +25,9 @@ _TRACED_BATCH = 2
 _MAX_BATCH = 65_536
 
 
-def export_program(model: nn.Module, example_inputs: Inputs, *, batches: Sequence[Inputs] = ()) -> ExportedProgram:
+def export_program(
+    model: nn.Module, example_inputs: Inputs, *, batches: Sequence[Inputs] = (), engines: bool = False
+) -> ExportedProgram:
     """Trace `model` in eval mode with `torch.export`, the batch size free.
 
     The program takes the inputs by their names and returns the main output alone (`lightning_opt.forward.predict`).
@@ -32,6 +36,8 @@ def export_program(model: nn.Module, example_inputs: Inputs, *, batches: Sequenc
         model: On the CPU; handed back in the mode it came in.
         example_inputs: Inputs of one or more samples.
         batches: More inputs: an axis whose length differs among them, such as the length of texts, is left free too.
+        engines: Show the quantization of a model as single operators, which `write_onnx` and `write_openvino` turn into
+            integers. PyTorch alone runs the plain operators otherwise. Without quantization it makes no difference.
 
     Raises:
         ConfigError: The model cannot be traced, or not with a free batch size.
@@ -39,8 +45,11 @@ def export_program(model: nn.Module, example_inputs: Inputs, *, batches: Sequenc
     inputs = at_batch(example_inputs, _TRACED_BATCH)
     names = input_names(model, inputs)
     shapes = dict(zip(names, _free_axes([inputs, *batches]), strict=True))
+    from lightning_opt.quantization.ops import exporting
+
     try:
-        with evaluation_mode(model), quiet(), torch.no_grad():
+        model = _unpacked(model) if engines else model
+        with evaluation_mode(model), quiet(), torch.no_grad(), exporting() if engines else nullcontext():
             main = _main_output(model, names, by_name=isinstance(inputs, Mapping)).eval()
             args = () if isinstance(inputs, Mapping) else tensors_of(inputs)
             kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
@@ -51,6 +60,17 @@ def export_program(model: nn.Module, example_inputs: Inputs, *, batches: Sequenc
             f"{type(model).__name__} cannot be exported with a free batch size: {text[:200]}; "
             "check that its forward neither branches on values nor fixes the batch"
         ) from error
+
+
+def _unpacked(model: nn.Module) -> nn.Module:
+    """Return a copy that holds one integer a byte, of any number of bits; the model itself if it holds none."""
+    from lightning_opt.quantization.layers.integer import unpack_weights  # that room stands on this one, elsewhere
+    from lightning_opt.quantization.state import is_converted
+
+    if not is_converted(model):
+        return model
+    with uncompiled(model):
+        return unpack_weights(copy.deepcopy(model))
 
 
 def _free_axes(batches: Sequence[Inputs]) -> list[dict[int, Any] | None]:

@@ -1,5 +1,6 @@
 """A small causal language model in plain torch."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -69,7 +70,8 @@ class GPT(nn.Module):
         length = input_ids.shape[1]
         if length > self.context_length:
             raise ValueError(f"a sequence of {length} tokens is longer than context_length={self.context_length}")
-        x = self.dropout(self.token_embedding(input_ids) + self.position_embedding.weight[:length])
+        positions = torch.arange(length, device=input_ids.device)
+        x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)

@@ -82,7 +82,8 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(input_ids)
         if self.projection is not None:
             x = self.projection(x)
-        x = self.embedding_dropout(self.embedding_norm(x + self.position_embedding.weight[:length]))
+        positions = torch.arange(length, device=x.device)
+        x = self.embedding_dropout(self.embedding_norm(x + self.position_embedding(positions)))
         for block in self.blocks:
             x = block(x, mask[:, None, None, :])
         return self.head(self.dropout(masked_mean(self.norm(x), mask)))

@@ -8,9 +8,9 @@ from lightning_opt.errors import ConfigError
 from lightning_opt.reporting import style, text
 from lightning_opt.reporting.figures import FOLDER, Drawn, Point, draw_plane
 from lightning_opt.reporting.groups import Group, group_runs, mean, spread
-from lightning_opt.reporting.names import model_name
+from lightning_opt.reporting.names import group_words, model_name
 from lightning_opt.reporting.page import Page, Section, write_page
-from lightning_opt.reporting.ratios import main_metric
+from lightning_opt.reporting.ratios import engines, main_metric
 from lightning_opt.reporting.tables import Table
 
 Record = Mapping[str, Any]
@@ -76,6 +76,19 @@ def _first_ratio(record: Record) -> float | None:
     return next((row["value"] for row in record["comparison"].get("latency_ratio") or ()), None)
 
 
+def _best_latency(record: Record) -> float | None:
+    """Return the latency of what a run made, in its fastest engine or file, at the smallest batch size."""
+    model = record["models"].get("student") or {}
+    parts = [*engines(model), *record["deployed"]] if model else []
+    rows = [row for part in parts for row in part.get("latency_ms") or () if row["p50"]]
+    batch = min((row["batch"] for row in rows), default=None)
+    return min((row["p50"] for row in rows if row["batch"] == batch), default=None)
+
+
+def _over_best(record: Record) -> float | None:
+    return next((row["over_best_dense_fp32"] for row in record["comparison"].get("speedup") or ()), None)
+
+
 def _higher_is_better(groups: Sequence[Group]) -> bool:
     return all(
         run.record["comparison"].get("higher_is_better", True) is not False for group in groups for run in group.runs
@@ -103,7 +116,8 @@ def _gain(values: Sequence[float]) -> str:
 
 def _quality_table(groups: Sequence[Group], metric: str | None) -> Table:
     name = text.plain(metric or "quality", limit=24)
-    header = ["", "seeds", f"{name}: teacher", "student alone", "student", "over student alone", "gap closed"]
+    words = group_words([run.record for group in groups for run in group.runs])
+    header = ["", "seeds", f"{name}: teacher", words.control, words.result, f"over {words.control}", "gap closed"]
     rows = [
         [
             group.label,
@@ -114,19 +128,36 @@ def _quality_table(groups: Sequence[Group], metric: str | None) -> Table:
         ]
         for group in groups
     ]
-    return Table(header, rows, strong=4)
+    return _without_empty(Table(header, rows, strong=4))
+
+
+def _without_empty(table: Table) -> Table:
+    """Leave out columns in which nothing is known, such as the teacher of runs without one."""
+    kept = [
+        place
+        for place in range(len(table.header))
+        if place in (0, 1, table.strong) or any(row[place] != text.DASH for row in table.rows)
+    ]
+    strong = kept.index(table.strong) if table.strong is not None else None
+    return Table(
+        [table.header[place] for place in kept], [[row[place] for place in kept] for row in table.rows], strong
+    )
 
 
 def _cost_table(groups: Sequence[Group]) -> Table:
     columns: list[tuple[str, Reader, Callable[[float | None], str]]] = [
         ("parameters", _measure("student", "params"), text.count),
+        ("not zero", _measure("student", "params_nonzero"), text.count),
         ("size on disk", _measure("student", "size_bytes"), text.size),
-        ("latency", _latency("student"), text.milliseconds),
+        ("latency in torch eager", _latency("student"), text.milliseconds),
+        ("in its best engine", _best_latency, text.milliseconds),
         ("smaller", _of_comparison("size_ratio"), text.times),
-        ("faster", _first_ratio, text.times),
+        ("faster in torch eager", _first_ratio, text.times),
+        ("faster than the best dense fp32", _over_best, text.times),
     ]
     rows = [[group.label, *(write(mean(group.values(read))) for _, read, write in columns)] for group in groups]
-    return Table(["student", *(title for title, _, _ in columns)], rows)
+    words = group_words([run.record for group in groups for run in group.runs])
+    return _without_empty(Table([words.result, *(title for title, _, _ in columns)], rows))
 
 
 def _runs_table(groups: Sequence[Group], metric: str | None) -> Table:
@@ -141,7 +172,8 @@ def _runs_table(groups: Sequence[Group], metric: str | None) -> Table:
         for group in groups
         for run in group.runs
     ]
-    return Table(["run", "method", "seed", "status", "student"], rows, prose=True)
+    words = group_words([run.record for group in groups for run in group.runs])
+    return Table(["run", "method", "seed", "status", words.result], rows, prose=True)
 
 
 def _ranked(groups: Sequence[Group], metric: str | None) -> list[tuple[float, Group]]:
@@ -154,7 +186,8 @@ def _ranked(groups: Sequence[Group], metric: str | None) -> list[tuple[float, Gr
 def _verdict(groups: Sequence[Group], metric: str | None) -> str:
     ranked = _ranked(groups, metric)
     if not ranked:
-        return "No run has a measured quality of its student."
+        names = group_words([run.record for group in groups for run in group.runs])
+        return f"No run has a measured quality of its {names.result}."
     value, best = ranked[0]
     words = f"{best.label} is best: {text.plain(metric, limit=30)} {text.quality(value)}"
     words += f" on average over {len(best.runs)} seeds" if len(best.runs) > 1 else ""

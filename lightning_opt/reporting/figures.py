@@ -11,10 +11,12 @@ from matplotlib.figure import Figure
 
 from lightning_opt.reporting import style, text
 from lightning_opt.reporting.curves import Tables, draw_losses, draw_quality
+from lightning_opt.reporting.gain_figures import draw_gains
 from lightning_opt.reporting.labels import Mark, label_points
-from lightning_opt.reporting.names import model_name
-from lightning_opt.reporting.pruned import FORMS
+from lightning_opt.reporting.names import before_name, model_name
 from lightning_opt.reporting.pruned_figures import draw_layers, draw_steps
+from lightning_opt.reporting.quantized_figures import draw_bits, draw_engines
+from lightning_opt.reporting.quantized_figures import draw_steps as draw_bits_over_steps
 from lightning_opt.reporting.ratios import engine_label, engines
 from lightning_opt.reporting.tables import model_order
 
@@ -83,12 +85,7 @@ def draw_all(run_dir: Path, record: Record, tables: Tables) -> list[Drawn]:
             "Pale: as logged; strong: averaged over a twenty-fifth of the run. Each panel has its own scale.",
             lambda: draw_losses(record, tables),
         ),
-        (
-            "latency",
-            "Latency by engine",
-            "Dot: median; line: to the 95th percentile where it was measured. Logarithmic.",
-            lambda: draw_latency(record),
-        ),
+        *_latency_plans(record),
     ]
     drawn = []
     for name, title, caption, draw in plans:
@@ -100,9 +97,9 @@ def draw_all(run_dir: Path, record: Record, tables: Tables) -> list[Drawn]:
 
 
 def _gains_words(record: Record) -> tuple[str, str]:
-    if record.get("pruning") and "teacher" not in record["models"]:
+    if "teacher" not in record["models"] and (record.get("pruning") or record.get("quantization")):
         return (
-            "Dense divided by pruned",
+            f"{before_name(record).capitalize()} divided by {model_name(record, 'student')}",
             "How many times smaller or faster it became; left of 1× it is larger or slower.",
         )
     return (
@@ -114,6 +111,8 @@ def _gains_words(record: Record) -> tuple[str, str]:
 def _quality_plans(record: Record, tables: Tables) -> list[Plan]:
     """Plan what is drawn over the steps: with sparsity below it where the run pruned, and then each layer too."""
     quality = "While training; the student alone is the control with the same budget."
+    if record.get("quantization"):
+        return _quantized_plans(record, tables)
     if not record.get("pruning"):
         return [("quality", "Validation quality", quality, lambda: draw_quality(record, tables))]
     over_steps: Plan = (
@@ -125,6 +124,38 @@ def _quality_plans(record: Record, tables: Tables) -> list[Plan]:
     )
     words = "Dark: left of the original weights; pale: zeros that are still stored and multiplied; grey: removed."
     return [over_steps, ("layers", "What is left of each layer", words, lambda: draw_layers(record))]
+
+
+def _quantized_plans(record: Record, tables: Tables) -> list[Plan]:
+    """Plan what is drawn over the steps, and the bits of each layer."""
+    over_steps: Plan = (
+        "quantization",
+        "Quality and bits over the steps",
+        "Above: validation while training. Below: the mean bits of a parameter. Dashed: from here on it is rounded.",
+        lambda: draw_bits_over_steps(record, tables) or draw_quality(record, tables),
+    )
+    bits: Plan = (
+        "bits",
+        "Bits of each layer",
+        "Orange: float. Where each layer was tried alone, the one that costs most is at the top.",
+        lambda: draw_bits(record),
+    )
+    left = "Dark: left of the original weights; pale: zeros; grey: removed."
+    pruned: list[Plan] = [("layers", "What is left of each layer", left, lambda: draw_layers(record))]
+    return [over_steps, bits, *(pruned if record.get("pruning") else [])]
+
+
+def _latency_plans(record: Record) -> list[Plan]:
+    words = "Dot: median; line: to the 95th percentile where it was measured. Logarithmic."
+    plans: list[Plan] = [("latency", "Latency by engine", words, lambda: draw_latency(record))]
+    if not record.get("quantization"):
+        return plans
+    if len(record["models"]) == 2:  # the other figure shows all that this one does
+        plans = []
+    words = (
+        "Dot: median; line: 10th to 95th percentile; all took turns. Orange: float; blue: few bits; bold: recommended."
+    )
+    return [("engines", "Latency and size in each engine", words, lambda: draw_engines(record)), *plans]
 
 
 def _smallest_batch(record: Record) -> int:
@@ -240,71 +271,6 @@ def _gain_arrow(
     start, end = ((scale(read(found[0]) or 1.0), found[0].quality) for found in ends)
     look = {"arrowstyle": "->", "color": style.ROLES["student"], "lw": 0.8, "shrinkA": 5, "shrinkB": 5, "alpha": 0.6}
     axes.annotate("", xy=end, xytext=start, arrowprops=look)
-
-
-def gains_of(record: Record) -> list[tuple[str, float]]:
-    """List (what, teacher / student) for all ratios that the comparison holds."""
-    comparison = record["comparison"]
-    names = {"params": "parameters", "params_nonzero": "non-zero parameters", "size": "size on disk"}
-    names |= {"flops": "FLOPs", "memory": "peak memory"}
-    gains = [(title, comparison.get(f"{key}_ratio")) for key, title in names.items()]
-    if comparison.get("params_nonzero_ratio") == comparison.get("params_ratio"):
-        gains = [gain for gain in gains if gain[0] != names["params_nonzero"]]
-    if record.get("pruning") and "teacher" not in record["models"]:
-        return [(title, value) for title, value in gains if value] + _gains_of_pruning(record)
-    for row in comparison.get("latency_ratio") or ():
-        gains.append((f"latency, batch {row['batch']}", row["value"]))
-    return [(title, value) for title, value in gains if value]
-
-
-def _gains_of_pruning(record: Record) -> list[tuple[str, float]]:
-    """List the sizes on disk in other forms, and the latency in each engine at the smallest batch size."""
-    sizes, rows = record["pruning"]["size_bytes"], record["pruning"]["latency"] or []
-    gains = [
-        (f"size, {FORMS[form]}", sizes["before"] / sizes[form]) for form in FORMS if form != "dense" and sizes.get(form)
-    ]
-    smallest = min((row["batch"] for row in rows), default=None)
-    return gains + [
-        (f"latency, batch {row['batch']}, {engine_label(row)}", row["ratio"])
-        for row in rows
-        if row["batch"] == smallest
-    ]
-
-
-def draw_gains(record: Record) -> Figure | None:
-    """Draw the ratios as bars that start at 1: to the right what got better, to the left what got worse."""
-    gains = gains_of(record)
-    if not gains:
-        return None
-    figure = style.canvas(0.75 + 0.3 * len(gains))
-    axes = figure.subplots()
-    rows = np.arange(len(gains))[::-1]
-    for row, (_, value) in zip(rows, gains, strict=True):
-        better, same = value > 1, 0.98 < value < 1.02
-        color = style.MUTED if same else style.ROLES["student" if better else "baseline"]
-        axes.plot([1, value], [row, row], color=color, lw=7, solid_capstyle="butt", alpha=0.9)
-        side = 1 if value >= 1 else -1
-        axes.annotate(
-            text.times(value),
-            (value, row),
-            xytext=(5 * side, 0),
-            textcoords="offset points",
-            va="center",
-            ha="left" if side > 0 else "right",
-            color=color,
-            fontweight="bold",
-        )
-    values = [value for _, value in gains]
-    axes.set_xscale("log")
-    axes.set_xlim(min(0.9, 0.6 * min(values)) if min(values) < 1 else 0.93, 1.35 * max(max(values), 2.0))
-    axes.set_ylim(-0.6, len(gains) - 0.4)
-    axes.axvline(1, color=style.INK, lw=0.8)
-    axes.set_yticks(rows, [text.plain(title, limit=36) for title, _ in gains])
-    axes.tick_params(axis="y", labelcolor=style.INK)
-    axes.grid(visible=False, axis="y")
-    axes.spines["left"].set_visible(False)
-    style.log_ticks(axes.xaxis, suffix="×")
-    return figure
 
 
 def _latency_rows(record: Record) -> list[tuple[str, str, Sequence[Mapping[str, Any]]]]:

@@ -13,6 +13,8 @@ from lightning_opt import __version__
 _ALWAYS = ("torch", "lightning", "torchmetrics", "hydra-core", "numpy")
 _IF_PRESENT = ("transformers", "onnx", "onnxruntime", "openvino", "nncf", "torchao")
 _GIT_SECONDS = 5.0
+# What makes integers or bf16 fast, and what the others build on.
+_INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "avx512_bf16", "amx_bf16", "i8mm", "bf16")
 
 
 def environment(folder: Path | str = ".") -> dict[str, Any]:
@@ -43,7 +45,7 @@ def versions() -> dict[str, str | None]:
 def hardware() -> dict[str, Any]:
     """Describe the processor, memory and, where torch is already loaded, the threads and GPUs that it uses."""
     return {
-        "cpu": {"model": _cpu_model(), "cores": _usable_cores()},
+        "cpu": {"model": _cpu_model(), "cores": _usable_cores(), "instructions": instructions()},
         "memory_bytes": _memory_bytes(),
         "threads": _threads(),
         "gpus": _gpus(),
@@ -80,6 +82,20 @@ def _cpu_model() -> str | None:
         if key.strip().lower() in {"model name", "hardware", "cpu model"} and value.strip():
             return value.strip()
     return platform.processor() or platform.machine() or None
+
+
+def instructions() -> list[str] | None:
+    """List the processor's instructions that matter for integers of 8 bits and for bf16; None if it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip().lower() in {"flags", "features"}:
+            there = set(value.split())
+            return [name for name in _INSTRUCTIONS if name in there]
+    return None
 
 
 def _usable_cores() -> int | None:

@@ -29,10 +29,10 @@ def draw_steps(record: Record, tables: Tables) -> Figure | None:
     panels = list(grid[:, 0])
     last = _last_step(tables)
     marks = [draw_quality_lines(panels[0], record, tables, key)] if key else []
-    marks.append([_sparsity_panel(panels[-1], sparsity, last)])
+    marks.append([sparsity_panel(panels[-1], sparsity, last)])
     before = float(record["pruning"]["totals"]["params_before"])
     for panel in panels:
-        _mark_shrinks(panel, tables["student"].get(_PARAMS), before, named=panel is panels[0])
+        mark_shrinks(panel, tables["student"].get(_PARAMS), before, named=panel is panels[0])
     panels[-1].set_xlabel("step")
     panels[-1].set_xlim(0, max(last, 1))
     panels[-1].xaxis.set_major_formatter(lambda value, _: style.plain_number(value))
@@ -45,7 +45,7 @@ def _last_step(tables: Tables) -> int:
     return max((int(series.step[-1]) for series in tables["student"].values() if len(series)), default=1)
 
 
-def _sparsity_panel(axes: Axes, sparsity: Series, last: int) -> Mark:
+def sparsity_panel(axes: Axes, sparsity: Series, last: int) -> Mark:
     """Draw the share of zeros as steps, from nothing at the start to its last value at the end of the run."""
     steps = np.concatenate([[0], sparsity.step, [max(last, int(sparsity.step[-1]))]])
     first = 0.0 if sparsity.step[0] > 0 else float(sparsity.value[0])
@@ -57,7 +57,7 @@ def _sparsity_panel(axes: Axes, sparsity: Series, last: int) -> Mark:
     return Mark(float(steps[-1]), float(values[-1]), f"{values[-1]:.1f} %", _LEFT)
 
 
-def _mark_shrinks(axes: Axes, params: Series | None, before: float, *, named: bool) -> None:
+def mark_shrinks(axes: Axes, params: Series | None, before: float, *, named: bool) -> None:
     """Draw a line where the model became physically smaller, with the parameters that it then had."""
     if params is None:
         return

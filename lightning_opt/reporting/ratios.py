@@ -44,7 +44,8 @@ def comparison(
 
 
 def _reference(models: Mapping[str, Model]) -> tuple[str, Model | None]:
-    order = ("teacher", "baseline", "dense")  # "dense": the shapes before pruning, untrained, where there is no control
+    # "dense": the shapes before pruning, untrained, where there is no control; "float": before quantization
+    order = ("teacher", "baseline", "dense", "float")
     return next(((name, models[name]) for name in order if name in models), ("teacher", None))
 
 
@@ -183,4 +184,5 @@ def _speedups(
 
 def _deployed_engine(each: Mapping[str, Any]) -> dict[str, Any]:
     runtime = each.get("runtime") or str(each.get("format", "?"))
-    return _runtime_fields(runtime) | {"dense": True}
+    few_bits = {"dtype": each["precision"], "dense": False} if each.get("precision") not in (None, "fp32") else {}
+    return _runtime_fields(runtime) | {"dense": True} | few_bits

@@ -1,15 +1,16 @@
 """Write the report of one run: what was achieved, how it was measured, and how to get it again."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_opt.errors import StorageError
-from lightning_opt.reporting import pruned_tables, tables, text
+from lightning_opt.reporting import pruned_tables, quantized_tables, tables, text
 from lightning_opt.reporting.curves import Tables
-from lightning_opt.reporting.figures import draw_all
+from lightning_opt.reporting.figures import Drawn, draw_all
 from lightning_opt.reporting.metrics import run_metrics
+from lightning_opt.reporting.names import model_name
 from lightning_opt.reporting.page import Code, Page, Section, write_page
 from lightning_opt.reporting.progress import how_far
 from lightning_opt.reporting.record import read_record
@@ -18,6 +19,7 @@ from lightning_opt.reporting.verdict import verdict
 
 Record = Mapping[str, Any]
 Tile = tuple[str, str]
+_ENGINES = "engines"  # this figure stands beside the table of engines
 
 
 def render(run_dir: Path | str) -> tuple[Path, Path]:
@@ -49,7 +51,7 @@ def render(run_dir: Path | str) -> tuple[Path, Path]:
         verdict=said.sentence,
         mood=said.mood,
         caveats=[*said.caveats, *how_far(folder, record, curves)],
-        tiles=pruned_tables.tiles(record) if record.get("pruning") else _tiles(record),
+        tiles=_tiles(record),
         warnings=warnings,
         sections=_sections(folder, record, curves),
     )
@@ -78,6 +80,10 @@ def _facts(record: Record) -> list[str]:
 
 def _tiles(record: Record) -> list[Tile]:
     """Pick up to four large numbers: quality, share of the gap, size, latency."""
+    if record.get("quantization"):
+        return quantized_tables.tiles(record)
+    if record.get("pruning"):
+        return pruned_tables.tiles(record)
     comparison, models = record["comparison"], record["models"]
     tiles: list[Tile] = []
     metric = comparison.get("metric")
@@ -124,19 +130,53 @@ def _latencies(models: Mapping[str, Any], batch: int) -> str:
 
 
 def _sections(folder: Path, record: Record, curves: Tables) -> list[Section]:
+    drawn = draw_all(folder, record, curves)
     return [
+        _deploy(record, [figure for figure in drawn if figure.path.stem == _ENGINES]),
         Section("Before and after", _some(_before_after(record)), remarks=_how_measured(record)),
+        _quantization(record),
         _pruning(record),
-        Section("Against the best engine", _some(tables.speedups(record))),
+        Section("Against the best engine", _some(_speedups(record))),
         Section("Deployed formats", _some(tables.deployed(record))),
-        Section("Figures", figures=draw_all(folder, record, curves)),
-        Section("How alike student and teacher answer", _some(tables.fidelity(record))),
+        Section("Figures", figures=[figure for figure in drawn if figure.path.stem != _ENGINES]),
+        Section(f"How alike {_student(record)} and teacher answer", _some(tables.fidelity(record))),
         Section("What was done", _some(tables.stages(record)), remarks=_edits(record)),
         Section("Predicted and achieved", _some(tables.predicted(record))),
         Section("What was not measured, and why", _some(tables.missing(record)), remarks=_not_measured(record)),
         _again(folder, record),
         Section("Environment", [tables.environment(record)]),
     ]
+
+
+def _student(record: Record) -> str:
+    changed = record.get("pruning") or record.get("quantization")
+    return f"the {model_name(record, 'student')} model" if changed else "student"
+
+
+def _deploy(record: Record, figures: Sequence[Drawn]) -> Section:
+    """Say what to deploy, beside everything that it was chosen from."""
+    found = record.get("recommendation")
+    if not found or not record.get("quantization"):
+        return Section("In each engine", figures=figures)
+    made = _some(quantized_tables.ways(record)) + _some(quantized_tables.gains(record))
+    return Section("What to deploy on this machine", made, figures, remarks=quantized_tables.rivals(record))
+
+
+def _quantization(record: Record) -> Section:
+    """Say what quantization did: nothing for a run that quantized nothing."""
+    found = record.get("quantization")
+    if not found:
+        return Section("What quantization did")
+    made = [quantized_tables.layers(record), quantized_tables.sensitivity(record)]
+    if not record.get("recommendation"):  # else both stand at the top
+        made = [quantized_tables.ways(record), quantized_tables.gains(record), *made]
+    remarks = [
+        f"{text.plain(row['name'], limit=60)} stays in float: {text.plain(row['reason'], limit=300)}"
+        for row in found["refused"]
+    ]
+    why = (found.get("reasons") or {}).items()
+    remarks += [f"{tables.label(name)}: {text.plain(words, limit=300)}" for name, words in why]
+    return Section("What quantization did", [table for table in made if table is not None], remarks=remarks)
 
 
 def _pruning(record: Record) -> Section:
@@ -159,15 +199,29 @@ def _before_after(record: Record) -> Table | None:
     return tables.before_after(record) if record["models"] else None
 
 
+def _speedups(record: Record) -> Table | None:
+    """Set the fastest engine against the reference, unless what to deploy says the same."""
+    rows = record["comparison"].get("speedup") or ()
+    said = record.get("recommendation") and record.get("quantization")
+    if said and all(row.get("reference") == record["quantization"]["reference"] for row in rows):
+        return None
+    return tables.speedups(record)
+
+
 def _how_measured(record: Record) -> list[str]:
     if not record["models"]:
         return ["No model was measured in this run."]
     if not any(model["latency_ms"] for model in record["models"].values()):
         return []
-    return [
+    said = [
         "Latency is the median of calls on the machine under “Environment”, in which the models took turns.",
         "FLOPs count two for each multiply-accumulate.",
     ]
+    if record.get("quantization"):
+        said.append(
+            "PyTorch eager keeps the integers and computes in float, so its latency shows no gain; the engines do."
+        )
+    return said
 
 
 def _edits(record: Record) -> list[str]:
@@ -203,7 +257,17 @@ def _again(folder: Path, record: Record) -> Section:
         "with torch.no_grad():",
         "    outputs = model(inputs)",
     ]
-    return Section("Do it yourself", code=[*code, Code("Load the student", "python", text.code("\n".join(load)))])
+    return Section(
+        "Do it yourself",
+        code=[
+            *code,
+            Code(
+                f"Load the {_student(record).removeprefix('the ')}",
+                "python",
+                text.code("\n".join(load)),
+            ),
+        ],
+    )
 
 
 def _shown(folder: Path) -> str:

@@ -6,13 +6,13 @@ from operator import itemgetter
 from typing import Any
 
 from lightning_opt.reporting import text
-from lightning_opt.reporting.names import model_name
-from lightning_opt.reporting.pruned import dense_name
+from lightning_opt.reporting.gains import precision_of
+from lightning_opt.reporting.names import adjectives, before_name, model_name
 from lightning_opt.reporting.record import has_null
 
 Record = Mapping[str, Any]
 Reader = Callable[[Any], Any]
-_ORDER = ("teacher", "baseline", "dense", "student")
+_ORDER = ("teacher", "baseline", "dense", "float", "student")
 _LABELS = {
     "quality": "quality",
     "params": "parameters",
@@ -129,12 +129,14 @@ def _cost(value: Any) -> str:
 
 
 def _gain_title(record: Record) -> str:
-    return "teacher / student" if "teacher" in record["models"] else "dense / pruned"
+    after = "student" if "teacher" in record["models"] else " + ".join(adjectives(record)) or "student"
+    return f"{before_name(record)} / {after}"
 
 
 def _gains(record: Record) -> dict[str, str]:
-    reference = "teacher" if not record.get("pruning") or "teacher" in record["models"] else dense_name(record)
-    if not {reference, "student"} <= record["models"].keys():
+    changed = record.get("pruning") or record.get("quantization")
+    names = ("teacher", "baseline", "dense", "float") if changed else ("teacher",)
+    if "student" not in record["models"] or not any(name in record["models"] for name in names):
         return {}
     comparison = record["comparison"]
     pairs = {"params": "params_ratio", "params_nonzero": "params_nonzero_ratio", "flops": "flops_ratio"}
@@ -161,7 +163,7 @@ def deployed(record: Record) -> Table | None:
         rows.append(
             [
                 text.plain(entry["format"], limit=30),
-                text.runtime_name(entry["runtime"]),
+                _runtime_of_file(entry),
                 text.plain(entry["file"] or text.DASH, limit=60),
                 text.size(entry["size_bytes"]),
                 *(text.milliseconds(_at(entry["latency_ms"], batch, "p50")) for batch in batches),
@@ -173,6 +175,14 @@ def deployed(record: Record) -> Table | None:
     return Table(header, rows)
 
 
+def _runtime_of_file(entry: Mapping[str, Any]) -> str:
+    """Name what runs a file, with the number format that is in it."""
+    runtime = entry["runtime"]
+    if entry.get("precision") and isinstance(runtime, Mapping):
+        runtime = {**runtime, "dtype": precision_of(entry)}
+    return text.runtime_name(runtime)
+
+
 def speedups(record: Record) -> Table | None:
     """Set the student's fastest engine against the reference in torch eager and in its best dense engines."""
     rows = record["comparison"].get("speedup")
@@ -180,7 +190,7 @@ def speedups(record: Record) -> Table | None:
         return None
     header = [
         "batch",
-        "fastest engine of the student",
+        f"fastest engine of the {model_name(record, 'student')}",
         "over torch eager",
         "over best dense fp32",
         "over best dense bf16",

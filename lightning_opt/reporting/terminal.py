@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lightning_opt.reporting import text
+from lightning_opt.reporting import quantized, text
+from lightning_opt.reporting.gains import best_engine
 from lightning_opt.reporting.names import model_name
 from lightning_opt.reporting.tables import model_order
 from lightning_opt.reporting.verdict import verdict
@@ -72,10 +73,11 @@ def _table(record: Record, lines: box.Box) -> RichTable:
     table.add_column("")
     named = text.plain(metric, limit=20) if metric else "quality"
     heads = [named, "parameters", *(["not zero"] if record.get("pruning") else []), "size"]
-    heads += [f"latency, batch {batch}", "speed"] if batch else []
+    heads += [f"latency, batch {batch}{', best engine' if _in_best_engines(record) else ''}", "speed"] if batch else []
     for head in heads:
         table.add_column(Text(head), justify="right")
-    reference = next((name for name in ("teacher", "baseline", "dense") if name in record["models"]), None)
+    order = ("teacher", "baseline", "dense", "float")
+    reference = next((name for name in order if name in record["models"]), None)
     for name in model_order(record):
         cells = _cells(record, name, reference, metric, batch)
         table.add_row(*(Text(cell) for cell in cells), style="bold" if name == "student" else None)
@@ -94,10 +96,22 @@ def _cells(record: Record, name: str, reference: str | None, metric: str | None,
     cells.append(text.size(model["size_bytes"]))
     if batch is None:
         return cells
-    own = _latency(model, batch)
-    over = _latency(record["models"][reference], batch) if reference else None
+    own = _latency(record, name, batch)
+    over = _latency(record, reference, batch) if reference else None
     return [*cells, text.milliseconds(own), text.times(over / own) if over and own else text.DASH]
 
 
-def _latency(model: Mapping[str, Any], batch: int) -> float | None:
-    return next((row["p50"] for row in model["latency_ms"] or () if row["batch"] == batch), None)
+def _in_best_engines(record: Record) -> bool:
+    """Tell whether each model is shown in its best engine: PyTorch eager has no fast integers."""
+    return bool(record.get("quantization") and record["comparison"].get("quantized"))
+
+
+def _latency(record: Record, name: str, batch: int) -> float | None:
+    model = record["models"][name]
+    if not _in_best_engines(record):
+        return next((row["p50"] for row in model["latency_ms"] or () if row["batch"] == batch), None)
+    if name == "student":
+        row = quantized.fastest(record, batch)
+        return row["p50"] if row else None
+    best = best_engine(model, batch)
+    return best[0] if best else None

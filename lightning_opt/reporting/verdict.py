@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_opt.reporting import pruned, text
+from lightning_opt.reporting import pruned, quantized_verdict, text
 from lightning_opt.reporting.names import model_name
 
 Record = Mapping[str, Any]
@@ -44,6 +44,10 @@ def verdict(record: Record) -> Verdict:
     values = {name: (model["quality"] or {}).get(metric) for name, model in record["models"].items()}
     if values.get("student") is None:
         return Verdict("The run finished, but the student's quality was not measured.", "open")
+    if record.get("quantization"):
+        beside = [_kept(comparison, values)] if values.get("teacher") is not None else []
+        judged = quantized_verdict.judge(record, beside=beside, fewer=_fewer(record) if record.get("pruning") else [])
+        return Verdict(*judged)
     if record.get("pruning"):
         return _of_pruning(record, values)
     subject = f"The {model_name(record, 'student')}"

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from lightning_opt.testing.losses import check_loss
     from lightning_opt.testing.models import ModelCheck, check_model
     from lightning_opt.testing.prune import check_pruner
+    from lightning_opt.testing.quantize import check_observer, check_quantizer
     from lightning_opt.testing.resume import Fit, check_resume, compare_checkpoints
 
 _HOME = {
@@ -14,12 +15,24 @@ _HOME = {
     "ModelCheck": "models",
     "check_loss": "losses",
     "check_model": "models",
+    "check_observer": "quantize",
     "check_pruner": "prune",
+    "check_quantizer": "quantize",
     "check_resume": "resume",
     "compare_checkpoints": "resume",
 }
 
-__all__ = ["Fit", "ModelCheck", "check_loss", "check_model", "check_pruner", "check_resume", "compare_checkpoints"]
+__all__ = [
+    "Fit",
+    "ModelCheck",
+    "check_loss",
+    "check_model",
+    "check_observer",
+    "check_pruner",
+    "check_quantizer",
+    "check_resume",
+    "compare_checkpoints",
+]
 
 
 def __getattr__(name: str) -> Any:

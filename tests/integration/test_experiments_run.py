@@ -31,6 +31,9 @@ SMALL = {
     "distill": DIGITS,
     "supervised": ["data=digits", "model=cnn_small", "model.widths=[4]"],
     "prune": ["data=digits", "model.image_size=8", "model.widths=[8,16]"],
+    "quantize": ["data=digits", "model.widths=[4]"],
+    "qat": ["data=digits", "model.widths=[4]"],
+    "compress": [*DIGITS, "model.widths=[16,16]", "model.hidden=16"],
     "prune_structured": ["data=digits", "model.image_size=8", "model.widths=[16,16]", "model.hidden=16"],
     "distill_text": [
         *TOKENS,
@@ -59,8 +62,10 @@ def test_experiment_trains_a_few_steps(name, tmp_path):
     assert out.returncode == 0, out.stderr
     record = read_record(tmp_path / "run")
     assert record["status"] == "finished"
-    wanted = {"supervised": {"student"}, "prune": {"baseline", "student"}, "prune_structured": {"baseline", "student"}}
-    assert set(record["models"]) == wanted.get(name, {"teacher", "baseline", "student"})
+    controlled = dict.fromkeys(("prune", "prune_structured", "qat"), {"baseline", "student"})
+    wanted = {"supervised": {"student"}, "quantize": {"float", "student"}, **controlled}
+    assert set(record["models"]) - {"float"} == wanted.get(name, {"teacher", "baseline", "student"}) - {"float"}
+    assert ("float" in record["models"]) == (name in ("quantize", "compress"))
     with (tmp_path / "run" / "metrics.csv").open() as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert len(losses) >= 8

@@ -10,7 +10,8 @@ from matplotlib.image import imread
 
 from lightning_opt.reporting import run_metrics, style
 from lightning_opt.reporting.curves import draw_losses, draw_quality, loss_terms
-from lightning_opt.reporting.figures import draw_all, draw_gains, draw_plane, gains_of, points_of
+from lightning_opt.reporting.figures import draw_all, draw_plane, points_of
+from lightning_opt.reporting.gain_figures import draw_gains, gains_of
 from lightning_opt.reporting.labels import spread
 
 
