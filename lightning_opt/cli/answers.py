@@ -84,17 +84,18 @@ def _views(config: Config, task: Task, num_samples: int, versions: int) -> tuple
     """Return the versions that only the teacher sees, and the fingerprint of their data.
 
     Raises:
-        ConfigError: There are none, or they are not of the student's samples.
+        ConfigError: They are not of the student's samples.
     """
     node = config["teacher"]["cache"]
     count = node.get("average_versions")
     if not count:
         return None, ""
     if versions > 1:
-        raise ConfigError(
-            "teacher.cache.average_versions: the student's own samples change (data.augment), so there is an answer to "
-            "each; set data.augment=null or average_versions=null"
+        log.warning(
+            "warning: teacher.cache.average_versions is not used: the student's own samples change (data.augment), and "
+            "each version has its own answer"
         )
+        return None, ""
     budget = node_of_training(config)
     change = node.get("data") or budget.get("data") or {}
     data = build_data(
@@ -104,11 +105,11 @@ def _views(config: Config, task: Task, num_samples: int, versions: int) -> tuple
     data.setup("fit")
     loader = data.train_dataloader()
     if not isinstance(data, DataModule) or data.variants != count:
-        raise ConfigError(
-            f"teacher.cache.average_versions={count}: the teacher's data have no versions to average; say in "
-            "teacher.cache.data how they are made, such as "
-            "{augment: {_target_: lightning_opt.data.RandomShift, pixels: 2}}"
+        log.warning(
+            "warning: teacher.cache.average_versions is not used: the teacher's data have no versions; say in "
+            "teacher.cache.data how they are made, as data.augment would"
         )
+        return None, ""
     if len(loader.dataset) != num_samples:
         raise ConfigError(
             f"teacher.cache.data: it has {len(loader.dataset)} training samples and the student's data have "

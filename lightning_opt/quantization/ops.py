@@ -16,15 +16,18 @@ class Switch:
 
     def __init__(self) -> None:
         self.is_on = False
+        self._entered = 0
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Set the flag inside, and put back what it was."""
-        before, self.is_on = self.is_on, True
+        """Set the flag inside; it is off once everyone who set it has left, in whichever order."""
+        self._entered += 1
+        self.is_on = True
         try:
             yield
         finally:
-            self.is_on = before
+            self._entered -= 1
+            self.is_on = self._entered > 0
 
 
 EXPORTING = Switch()

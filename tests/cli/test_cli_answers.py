@@ -95,20 +95,27 @@ def test_the_mean_answer_over_versions_that_the_student_never_sees(config):
 
 
 @pytest.mark.parametrize(
-    ("words", "what"),
+    ("words", "what", "versions"),
     [
-        (["data.augment={_target_: lightning_opt.data.RandomShift, pixels: 1}"], "the student's own samples change"),
-        (["teacher.cache.data={augment: null}"], "no versions to average"),
-        (
-            [
-                "teacher.cache.data={val_fraction: 0.3, augment: {_target_: lightning_opt.data.RandomNoise, std: 1}}",
-            ],
-            "training samples",
-        ),
+        (["data.augment={_target_: lightning_opt.data.RandomShift, pixels: 1}"], "the student's own samples change", 8),
+        (["teacher.cache.data={augment: null}"], "the teacher's data have no versions", 1),
     ],
 )
-def test_versions_that_cannot_be_averaged_are_refused(config, words, what):
+def test_without_versions_to_average_each_sample_has_its_answer(config, words, what, versions, caplog, monkeypatch):
+    monkeypatch.setattr(answers.log, "propagate", True)
     values = config("teacher.cache.average_versions=2", *words)
+    found, data = find_teachers(values), build_data(values)
+    cache = find_cache(values, found.teachers, data, build_task(values))
+    assert what in caplog.text
+    assert cache.versions == versions
+    batch = next(iter(data.train_dataloader()))
+    want = found.teachers[0](batch[0]).logits
+    torch.testing.assert_close(cache.read(batch[2], epoch=0), want, atol=1e-2, rtol=1e-2)
+
+
+def test_versions_of_other_samples_are_refused(config):
+    other = "{val_fraction: 0.3, augment: {_target_: lightning_opt.data.RandomNoise, std: 1}}"
+    values = config("teacher.cache.average_versions=2", f"teacher.cache.data={other}")
     found = find_teachers(values)
-    with pytest.raises(ConfigError, match=what):
+    with pytest.raises(ConfigError, match="training samples"):
         find_cache(values, found.teachers, build_data(values), build_task(values))

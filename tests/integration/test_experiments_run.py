@@ -62,7 +62,7 @@ def test_experiment_trains_a_few_steps(name, tmp_path):
     assert out.returncode == 0, out.stderr
     record = read_record(tmp_path / "run")
     assert record["status"] == "finished"
-    controlled = dict.fromkeys(("prune", "prune_structured", "qat"), {"baseline", "student"})
+    controlled = {key: {"baseline", "student"} for key in ("prune", "prune_structured", "qat")}
     wanted = {"supervised": {"student"}, "quantize": {"float", "student"}, **controlled}
     assert set(record["models"]) - {"float"} == wanted.get(name, {"teacher", "baseline", "student"}) - {"float"}
     assert ("float" in record["models"]) == (name in ("quantize", "compress"))

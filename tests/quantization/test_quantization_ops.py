@@ -94,3 +94,14 @@ def test_exporting_ends_where_it_should():
         with ops.exporting():
             pass
         assert ops.is_exporting()
+
+
+def test_a_switch_is_off_when_all_have_left_in_any_order():
+    """Two callbacks enter one after the other and leave in the same order."""
+    first, second = ops.exporting(), ops.exporting()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ops.is_exporting()
+    second.__exit__(None, None, None)
+    assert not ops.is_exporting()
