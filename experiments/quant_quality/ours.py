@@ -17,6 +17,7 @@ from lightning_opt.quantization import (
     BiasCorrection,
     CrossLayerEqualization,
     Entropy,
+    MinMax,
     Percentile,
     Scheme,
     SmoothQuant,
@@ -48,8 +49,8 @@ def scheme_of(bits: int, *, learnable: bool = False, **changed: Any) -> Scheme:
 def post_training(
     bench: Bench, *, bits: int, improve: Callable[[], Sequence[Any]] = tuple, dynamic: bool = False, **changed: Any
 ) -> nn.Module:
-    """Quantize the control."""
-    scheme = dataclasses.replace(scheme_of(bits, **changed), dynamic=dynamic)
+    """Quantize the control; ranges of activations are those of all samples, as a scheme's short name has it."""
+    scheme = dataclasses.replace(scheme_of(bits, **{"activation_observer": MinMax(), **changed}), dynamic=dynamic)
     batches = bench.batches()
     return quantize(bench.control(), batches[0], scheme=scheme, calibration=batches, improve=improve())
 

@@ -1,5 +1,6 @@
 """The files of one network: float32, ours in int8, and the peers' in int8."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lightning_opt.export.openvino import OpenVinoRunner, write_openvino
 from lightning_opt.export.program import export_program, tensors_of
 from lightning_opt.export.runner import EagerRunner, Runner
 from lightning_opt.forward import Inputs
-from lightning_opt.quantization import quantize
+from lightning_opt.quantization import MinMax, Scheme, quantize
 
 CALIBRATION = 4  # batches of 8
 STATIC, SEVEN = "int8 ORT static, ONNX Runtime", "int8 with 7-bit weights"
@@ -52,7 +53,10 @@ def our_arms(model: nn.Module, network: Network, folder: Path) -> tuple[Arms, di
     about: dict[str, Any] = {}
     reasons: dict[str, str] = {}
     for scheme, label in {"w8a8": "int8 ours", **({} if multiplies_int8_exactly() else {"w7a8": SEVEN})}.items():
-        small, place = quantize(model, batches[0], scheme=scheme, calibration=batches), folder / scheme
+        parsed, place = Scheme.parse(scheme), folder / scheme
+        # A table may be the head's weight, too; ranges are those of all samples, as a scheme's short name has it.
+        parsed = dataclasses.replace(parsed, embedding=parsed.weight, activation_observer=MinMax())
+        small = quantize(model, batches[0], scheme=parsed, calibration=batches)
         place.mkdir()
         for kind in ("safetensors", "onnx", "openvino"):
             try:
