@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "peers" / "quantization"
-NAMES = ("torchao", "nncf", "nvidia-modelopt")
+VERSIONS = {"torchao": "0.18.0", "nncf": "3.4.0", "nvidia-modelopt": "0.47.0"}  # those that were measured
 # What these import and the rest of the environment lacks; everything else they ask for is there already.
 BESIDE = ("tabulate", "psutil", "pydot", "ninja", "pulp", "nvidia-ml-py", "pydantic", "pydantic-core")
 BESIDE += ("annotated-types", "typing-inspection")
@@ -40,9 +40,10 @@ def install(folder: Path = FOLDER) -> None:
 
 
 def requirements() -> list[str]:
-    """Read the peers' versions from the extra `peers`."""
+    """Name the peers as the extra `peers` has them, or, where it leaves one out, in the version that was measured."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    return [line for line in extras["peers"] if line.startswith(NAMES)]
+    named = {name: line for line in extras["peers"] for name in VERSIONS if line.startswith(name)}
+    return [named.get(name, f"{name}=={version}") for name, version in VERSIONS.items()]
 
 
 def modelopt(model: nn.Module, batches: list[Tensor], *, bits: int) -> nn.Module:

@@ -106,7 +106,7 @@ def _conditions(pairs: dict[str, Any]) -> list[str]:
             telling = [one for one in found if one[1] >= WORTH]  # elsewhere there is nothing to win back
             won, lost = (float(np.sum([one[place] for one in telling])) for place in (0, 1))
             name = f"W{bits}A8 training wins back of what our W{bits}A8 loses after training: {label}{limit}"
-            lines.append(f"| {name} | {' | '.join(cells)} | {100 * won / max(lost, 1e-9):.0f} % |")
+            lines.append(f"| {name} | {' | '.join(cells)} | {f'{100 * won / lost:.0f} %' if lost else '-'} |")
     return lines
 
 
