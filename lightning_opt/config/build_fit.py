@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 
@@ -201,8 +200,3 @@ def _takes_folder(node: Config) -> bool:
 def _strategy(config: Config) -> Any:
     node = config.get("strategy")
     return make(node, "strategy") if node else "auto"
-
-
-def device_of(trainer: pl.Trainer) -> torch.device:
-    """Return where a trainer computes."""
-    return trainer.strategy.root_device

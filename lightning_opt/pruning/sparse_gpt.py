@@ -7,12 +7,11 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_opt.pruning.inverse import inverse_factor
 from lightning_opt.pruning.patterns import NM, Pattern
 
 # From scores `(rows, columns)` of a slab of a layer to a bool mask of the same shape, True = keep.
 MaskChooser: TypeAlias = Callable[[Tensor], Tensor]
-
-_ATTEMPTS = 6
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class SparseGPT:
             raise ValueError(
                 f"block_size must be a multiple of the pattern's {together} columns, not {self.block_size}"
             )
-        factor, alive = self._factor(gram)
+        factor, alive = inverse_factor(gram[None], self.damping)[0], gram.diagonal() > 0
         work = weight.detach().float().clone()
         mask = torch.ones_like(work, dtype=torch.bool)
         for start in range(0, work.shape[1], self.block_size):
@@ -111,21 +110,6 @@ class SparseGPT:
             )
             work[:, block.stop :] -= errors @ factor[block, block.stop :]
         return (work * mask).to(weight.dtype), mask
-
-    def _factor(self, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the upper Cholesky factor of H's inverse, and which inputs were ever seen."""
-        gram = gram.double()
-        alive = gram.diagonal() > 0
-        scale = gram.diagonal()[alive].mean() if alive.any() else gram.new_ones(())
-        gram = gram + torch.diag(torch.where(alive, 0.0, scale))
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        for attempt in range(_ATTEMPTS):
-            lower, failed = torch.linalg.cholesky_ex(gram + self.damping * 10.0**attempt * scale * eye)
-            if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed:
-                    return upper.float(), alive
-        raise ValueError("the inputs' X^T X has no Cholesky factor even with much damping; are the inputs finite?")
 
 
 def _solve_block(

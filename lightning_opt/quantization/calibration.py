@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_opt.errors import ConfigError
+from lightning_opt.evaluation.state import evaluation_mode
 from lightning_opt.forward import Inputs, batch_size_of, forward, map_inputs
-from lightning_opt.quantization.layerwise import evaluating
 from lightning_opt.quantization.quantizer import FakeQuantizer, calibrating
 from lightning_opt.quantization.state import quantizers
 
@@ -40,7 +40,7 @@ def calibrate(model: nn.Module, batches: Iterable[Inputs], *, limit: int | None 
     watching = {name: quantizer for name, quantizer in quantizers(model).items() if _is_calibrated(quantizer)}
     samples = 0
     with _fresh(watching.values()):
-        with evaluating(model), calibrating():
+        with evaluation_mode(model), calibrating():
             for number, batch in enumerate(limited(batches, limit)):
                 samples += batch_size_of(batch)
                 check_finite(batch, what=f"calibration batch {number}")

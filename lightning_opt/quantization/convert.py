@@ -6,8 +6,7 @@ from torch import nn
 
 from lightning_opt.quantization.edits import Convert, QuantizeEdit, SwitchOn
 from lightning_opt.quantization.layers.conversion import to_float
-from lightning_opt.quantization.layers.swap import remove_behaviour
-from lightning_opt.quantization.sites import CHILD, SiteOwner
+from lightning_opt.quantization.sites import restore_owner
 from lightning_opt.quantization.state import is_converted, is_quantized, quantizers
 from lightning_opt.surgery.model_recipe import ATTRIBUTE, recipe_of, record
 from lightning_opt.surgery.recipe import Recipe
@@ -46,18 +45,15 @@ def float_twin(model: nn.Module) -> nn.Module:
     Integers become the float weights that they stand for; batch norms that are part of a layer stay part of it.
     """
     twin = copy.deepcopy(model)
-    for module in list(twin.modules()):
-        if isinstance(module, SiteOwner):
-            _restore_owner(module)
-    to_float(twin)
+    take_out(twin)
     edits = [edit for edit in recipe_of(twin) if not isinstance(edit, QuantizeEdit | SwitchOn | Convert)]
     if ATTRIBUTE in vars(twin):
         vars(twin)[ATTRIBUTE] = Recipe(edits)
     return twin
 
 
-def _restore_owner(module: SiteOwner) -> None:
-    for kind in type(module).__mro__:
-        if issubclass(kind, SiteOwner):
-            remove_behaviour(module, kind)
-    del module._modules[CHILD]
+def take_out(model: nn.Module) -> None:
+    """Take every quantizer out of `model`, in place; the recipe is left to the caller."""
+    for module in list(model.modules()):
+        restore_owner(module)
+    to_float(model)

@@ -192,10 +192,7 @@ def _join(path: str, name: str) -> str:
 def _why_not_folded(norm: nn.Module, layer: nn.Module, is_taken: bool) -> str | None:
     if is_taken or (isinstance(norm, FoldableBatchNorm) and norm.layers):
         return "it is folded into another layer"
-    if getattr(layer, "transposed", False) and getattr(layer, "groups", 1) > 1:
-        return "a transposed convolution with groups mixes the channels of its weight"
-    channels = getattr(layer, "out_channels", getattr(layer, "out_features", None))
-    return "the layer has no output channels" if channels is None else why_not_folded(norm, channels)
+    return why_not_folded(norm, layer)
 
 
 def _share_quantizers(layers: Sequence[nn.Module]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_opt.errors import ConfigError
 from lightning_opt.forward import Inputs
+from lightning_opt.pruning.inverse import inverse_factor
 from lightning_opt.quantization.improvement import Outcome, QuantizedImprovement
 from lightning_opt.quantization.layerwise import Stage, inputs_of, stages
 from lightning_opt.quantization.rounding import Lattice
@@ -16,8 +17,6 @@ from lightning_opt.quantization.targets import Target, outcome, targets_in
 
 # From the weights of one run of columns `(G, O, width)` as they are by then to their scale and zero point, `(G, O)`.
 Refit: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-_ATTEMPTS = 6
 
 
 @torch.no_grad()
@@ -79,31 +78,6 @@ def solve(
             work[..., j + 1 : block.stop] -= spread
         work[..., block.stop :] -= errors @ factor[:, block, block.stop :]
     return rounded.take_along_dim(order.argsort(dim=-1)[:, None], dim=-1), lattice
-
-
-def inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of each damped Gram matrix, `(G, I, I)` float32.
-
-    An input that was never seen has no share in anything: its error is not spread.
-
-    Raises:
-        ValueError: A matrix has no factor even with much damping.
-    """
-    gram = gram.double()
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    alive = diagonal > 0
-    mean = diagonal.sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp(min=1)
-    mean = torch.where(mean > 0, mean, 1.0)
-    gram = gram + torch.diag_embed(torch.where(alive, 0.0, mean))
-    share = torch.full_like(mean, damping)
-    for _ in range(_ATTEMPTS):
-        lower, no_lower = torch.linalg.cholesky_ex(gram + torch.diag_embed((share * mean).expand_as(diagonal)))
-        upper, no_upper = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        failed = (no_lower != 0) | (no_upper != 0)
-        if not failed.any():
-            return upper.float()
-        share = torch.where(failed[:, None], share * 10.0, share)
-    raise ValueError("the inputs' X^T X has no Cholesky factor even with much damping; are the inputs finite?")
 
 
 @dataclass(frozen=True, kw_only=True)

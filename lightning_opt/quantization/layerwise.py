@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_opt.errors import ConfigError
+from lightning_opt.evaluation.state import evaluation_mode
 from lightning_opt.forward import Inputs, forward
 from lightning_opt.pruning.inputs import first_tensor
 
@@ -50,7 +51,7 @@ def stages(model: nn.Module, paths: Sequence[str], inputs: Inputs) -> tuple[Stag
     def note(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         called.append((path, first_tensor(args, kwargs)))
 
-    with evaluating(model), _pre_hooks(model, {path: partial(note, path) for path in paths}):
+    with evaluation_mode(model), _pre_hooks(model, {path: partial(note, path) for path in paths}):
         forward(model, inputs)
     counts, read = Counter(path for path, _ in called), dict(reversed(called))  # the first call of each counts
     groups: list[list[str]] = []
@@ -79,7 +80,7 @@ def inputs_of(model: nn.Module, stage: Stage, inputs: Inputs) -> dict[str, list[
             raise _EnoughError
 
     hooks = {path: partial(take, path) for path in stage.paths}
-    with evaluating(model), _pre_hooks(model, hooks), suppress(_EnoughError):
+    with evaluation_mode(model), _pre_hooks(model, hooks), suppress(_EnoughError):
         forward(model, inputs)
     return seen
 
@@ -102,19 +103,6 @@ def paired_inputs_of(
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode; each of their modules gets its own mode back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def _pre_hooks(model: nn.Module, hooks: Mapping[str, Callable[..., None]]) -> Iterator[None]:
     handles = [
         model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True) for path, hook in hooks.items()
@@ -124,3 +112,10 @@ def _pre_hooks(model: nn.Module, hooks: Mapping[str, Callable[..., None]]) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+def shared_weights(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that more than one place in the model holds."""
+    places = (parameter for module in model.modules() for parameter in module._parameters.values())
+    held = Counter(id(parameter) for parameter in places if parameter is not None)
+    return {key for key, count in held.items() if count > 1}

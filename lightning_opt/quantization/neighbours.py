@@ -13,6 +13,7 @@ from lightning_opt.forward import Inputs
 from lightning_opt.quantization.calls import Call, CallGraph, Run, record_calls
 from lightning_opt.quantization.improvement import Refused
 from lightning_opt.quantization.layers.base import handler, refusal
+from lightning_opt.quantization.layerwise import shared_weights
 from lightning_opt.quantization.rescaling import Neighbours, check, is_norm
 
 # Positively homogeneous, one channel at a time, whatever else they do to shapes and positions.
@@ -63,7 +64,7 @@ class _Search:
         self.graph = graph
         self.modules = dict(model.named_modules())
         self.times = Counter(run.path for run in graph.runs)
-        self.shared = _shared(model)
+        self.shared = shared_weights(model)
         self.layers = [run for run in graph.runs if self.is_layer(run)]
         inside = {number for run in self.layers for number in range(run.start, run.end)}
         self.readers: dict[int, list[Run | Call]] = {}
@@ -154,9 +155,3 @@ class _Search:
         if call.function in ("getitem", "chunk", "split", "unbind"):
             return False
         return call.function in _PASSING and call.inputs == (value,)
-
-
-def _shared(model: nn.Module) -> set[int]:
-    places = (parameter for module in model.modules() for parameter in module._parameters.values())
-    held = Counter(id(parameter) for parameter in places if parameter is not None)
-    return {key for key, count in held.items() if count > 1}

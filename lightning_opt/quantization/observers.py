@@ -203,39 +203,42 @@ class _MovingAverageState(ObserverState):
         return [(self.low, "mean"), (self.high, "mean")]
 
 
-class _HistogramState(ObserverState):
+class _HistogramState(_MinMaxState):
     """Counts of values, in bins that are the same for every tensor and every rank."""
 
     counts: Tensor
-    low: Tensor
-    high: Tensor
 
-    def __init__(self, grid: Grid, channels: int) -> None:
+    def __init__(self, grid: Grid, channels: int, spec: "_ByHistogram") -> None:
         super().__init__(grid, channels)
+        self.spec = spec
         self.register_buffer("counts", torch.zeros(channels, histogram.BINS, dtype=torch.int64))
-        self.register_buffer("low", torch.zeros(channels))
-        self.register_buffer("high", torch.zeros(channels))
 
     def update(self, x: Tensor) -> None:
-        low, high = extremes(x, self.grid)
-        torch.minimum(self.low, low, out=self.low)
-        torch.maximum(self.high, high, out=self.high)
+        super().update(x)
         histogram.add(self.counts, rows(widen(x.detach()), self.grid))
 
     def range(self) -> tuple[Tensor, Tensor]:
-        low, high = self.find()
+        low, high = self.spec.find(self.counts, self.low, self.high, self.grid)
         return torch.maximum(low.clamp(max=0), self.low), torch.minimum(high.clamp(min=0), self.high)
 
-    @abstractmethod
-    def find(self) -> tuple[Tensor, Tensor]:
-        """Return the range, which is then cut to the smallest and the largest value seen."""
-
     def reductions(self) -> list[tuple[Tensor, Reduction]]:
-        return [(self.low, "min"), (self.high, "max"), (self.counts, "sum")]
+        return [*super().reductions(), (self.counts, "sum")]
 
 
 @dataclass(frozen=True)
-class Percentile(Observer):
+class _ByHistogram(Observer):
+    """A range that is found from a histogram of all values seen."""
+
+    def start(self, grid: Grid, channels: int = 1) -> ObserverState:
+        return _HistogramState(grid, channels, self)
+
+    @abstractmethod
+    def find(self, counts: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Return the range, which is then cut to the smallest and the largest value seen, `low` and `high`, `(n,)`."""
+
+
+@dataclass(frozen=True)
+class Percentile(_ByHistogram):
     """The range that holds the share `q` of all values, with the same share of the rest cut off at each end.
 
     Args:
@@ -252,21 +255,12 @@ class Percentile(Observer):
         if not 0.5 < self.q <= 1:
             raise ValueError(f"q must be more than 0.5 and at most 1, not {self.q}")
 
-    def start(self, grid: Grid, channels: int = 1) -> ObserverState:
-        return _PercentileState(grid, channels, self.q)
-
-
-class _PercentileState(_HistogramState):
-    def __init__(self, grid: Grid, channels: int, q: float) -> None:
-        super().__init__(grid, channels)
-        self.q = q
-
-    def find(self) -> tuple[Tensor, Tensor]:
-        return histogram.percentiles(self.counts, self.q)
+    def find(self, counts: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        return histogram.percentiles(counts, self.q)
 
 
 @dataclass(frozen=True)
-class MSE(Observer):
+class MSE(_ByHistogram):
     """The range whose grid changes the values seen the least: the least mean squared error.
 
     Nagel, Fournarakis, Amjad, Bondarenko, van Baalen, Blankevoort (2021), "A White Paper on Neural Network
@@ -286,24 +280,15 @@ class MSE(Observer):
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 
-    def start(self, grid: Grid, channels: int = 1) -> ObserverState:
-        return _MSEState(grid, channels, self.steps)
-
     def of(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         return histogram.least_squares_exact(rows(widen(x.detach()), grid), grid, self.steps)
 
-
-class _MSEState(_HistogramState):
-    def __init__(self, grid: Grid, channels: int, steps: int) -> None:
-        super().__init__(grid, channels)
-        self.steps = steps
-
-    def find(self) -> tuple[Tensor, Tensor]:
-        return histogram.least_squares(self.counts, self.low, self.high, self.grid, self.steps)
+    def find(self, counts: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        return histogram.least_squares(counts, low, high, grid, self.steps)
 
 
 @dataclass(frozen=True)
-class Entropy(Observer):
+class Entropy(_ByHistogram):
     """The range whose grid keeps the distribution of the values seen: the least Kullback-Leibler divergence.
 
     Migacz (2017), "8-bit Inference with TensorRT", GTC: the histogram of magnitudes, cut at a threshold, with what is
@@ -323,14 +308,5 @@ class Entropy(Observer):
         if self.bins < 512:
             raise ValueError(f"bins must be at least 512, not {self.bins}")
 
-    def start(self, grid: Grid, channels: int = 1) -> ObserverState:
-        return _EntropyState(grid, channels, self.bins)
-
-
-class _EntropyState(_HistogramState):
-    def __init__(self, grid: Grid, channels: int, bins: int) -> None:
-        super().__init__(grid, channels)
-        self.bins = bins
-
-    def find(self) -> tuple[Tensor, Tensor]:
-        return histogram.least_divergence(self.counts, self.low, self.high, self.grid, self.bins)
+    def find(self, counts: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        return histogram.least_divergence(counts, low, high, grid, self.bins)

@@ -9,7 +9,6 @@ from torch import nn
 from lightning_opt.quantization.calls import CallGraph
 from lightning_opt.quantization.edits import QuantizeEdit
 from lightning_opt.quantization.layers.base import handler, refusal
-from lightning_opt.quantization.layers.batch_norm import why_not_folded
 from lightning_opt.quantization.layers.plan import LayerPlan
 from lightning_opt.quantization.placement_graph import CASTS, MOVES, Steps
 from lightning_opt.quantization.placement_places import LAYER_INPUT, LAYER_OUTPUT, Place, choose_places
@@ -77,7 +76,7 @@ def place(graph: CallGraph, model: nn.Module, scheme: Scheme) -> Placement:
     layers, refused = _find_layers(graph, modules, scheme, reads.refused)
     steps = Steps(graph, layers)
     norms = {name: module for name, module in modules.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
-    fold_norms(steps, layers, norms, _folds)
+    fold_norms(steps, layers, norms)
     wants = find_wants(steps, layers, _attention(scheme))
     places, left = choose_places(steps, layers, modules, wants)
     refused += [Refusal(_reader(want), "what it reads is made where it cannot be caught") for want in left]
@@ -154,13 +153,6 @@ def _multiplying(graph: CallGraph) -> set[str]:
             if value.source == "parameter" and len(value.shape) > 1 and call.function not in _NO_PRODUCTS:
                 found.add(value.name.rpartition(".")[0])
     return found
-
-
-def _folds(layer: nn.Module, norm: nn.Module) -> bool:
-    if getattr(layer, "transposed", False) and getattr(layer, "groups", 1) > 1:
-        return False
-    channels: Any = getattr(layer, "out_channels", getattr(layer, "out_features", None))
-    return why_not_folded(norm, channels) is None
 
 
 def _layer_plan(layer: Layer, places: Mapping[Place, list[Want]]) -> LayerPlan:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_opt.quantization.grid import Grid
+from lightning_opt.quantization.layers.batch_norm import why_not_folded
 from lightning_opt.quantization.placement_graph import Step, Steps
 from lightning_opt.quantization.scheme import LayerScheme
 
@@ -100,7 +101,7 @@ def find_wants(steps: Steps, layers: Mapping[str, Layer], attention: LayerScheme
     return _Rules(steps, layers).find(attention)
 
 
-def fold_norms(steps: Steps, layers: Mapping[str, Layer], norms: Mapping[str, nn.Module], why: object) -> None:
+def fold_norms(steps: Steps, layers: Mapping[str, Layer], norms: Mapping[str, nn.Module]) -> None:
     """Note at each layer the batch norm that directly follows it, and nothing else reads what the layer gives."""
     runs = {path: len(steps.graph.runs_of(path)) for path in (*layers, *norms)}
     for step in steps.steps:
@@ -109,7 +110,7 @@ def fold_norms(steps: Steps, layers: Mapping[str, Layer], norms: Mapping[str, nn
         if layer is None or reader is None or reader.function != "batch_norm":
             continue
         path = steps.path(reader)
-        if path in norms and runs[path] == runs[layer.path] == 1 and callable(why) and why(layer.module, norms[path]):
+        if path in norms and runs[path] == runs[layer.path] == 1 and why_not_folded(norms[path], layer.module) is None:
             layer.norm = path
 
 

@@ -9,12 +9,11 @@ from torch import nn
 from lightning_opt.errors import ConfigError
 from lightning_opt.forward import Inputs
 from lightning_opt.quantization.calls import record_calls
+from lightning_opt.quantization.convert import take_out
 from lightning_opt.quantization.edits import QuantizeEdit
-from lightning_opt.quantization.layers.conversion import to_float
-from lightning_opt.quantization.placement import Refusal, place
+from lightning_opt.quantization.placement import Placement, Refusal, place
 from lightning_opt.quantization.placement_check import check_modes, check_placement
 from lightning_opt.quantization.scheme import Scheme
-from lightning_opt.quantization.sites import restore_owner
 from lightning_opt.quantization.state import is_quantized
 from lightning_opt.surgery import record
 
@@ -24,12 +23,20 @@ class Prepared:
     """What `prepare` did.
 
     Attributes:
-        edit: The edit that was applied, and recorded in the model's recipe.
-        refused: What stays in float although the scheme asks for it.
+        placement: Where each quantizer is, and what it was decided from.
     """
 
-    edit: QuantizeEdit
-    refused: tuple[Refusal, ...]
+    placement: Placement
+
+    @property
+    def edit(self) -> QuantizeEdit:
+        """The edit that was applied, and recorded in the model's recipe."""
+        return self.placement.edit
+
+    @property
+    def refused(self) -> tuple[Refusal, ...]:
+        """What stays in float although the scheme asks for it."""
+        return self.placement.refused
 
 
 def prepare(
@@ -57,16 +64,10 @@ def prepare(
     try:
         check_placement(model, example_inputs, placement)
     except BaseException:
-        _take_out(model)
+        take_out(model)
         raise
     record(model, placement.edit)
-    return Prepared(placement.edit, placement.refused)
-
-
-def _take_out(model: nn.Module) -> None:
-    to_float(model)
-    for module in list(model.modules()):
-        restore_owner(module)
+    return Prepared(placement)
 
 
 def _excluded(model: nn.Module, patterns: Sequence[str]) -> Mapping[str, None]:

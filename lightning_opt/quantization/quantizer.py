@@ -98,11 +98,18 @@ class FakeQuantizer(nn.Module):
         if self.dynamic:
             return dynamic_fake_quantize(x, self.grid)
         if self.learnable:
-            if self.training:  # an optimizer's step may have gone past 0; `.data`: it may be in use in this very graph
-                self.scale.data.clamp_(min=SMALLEST_RANGE)
-            return (pact if self.clip else lsq)(x, self.scale, self.zero_point, self.grid)
+            return (pact if self.clip else lsq)(x, self.positive_scale(), self.zero_point, self.grid)
         is_covered = self.observing and self.spec is None and self.training
         return fake_quantize(x, self.scale, self.zero_point, self.grid, is_covered=is_covered)
+
+    def positive_scale(self) -> Tensor:
+        """Return the scale; a learned one is held above 0, which an optimizer's step may have gone past."""
+        if not self.learnable:
+            return self.scale
+        if not self.training:
+            return self.scale.clamp(min=SMALLEST_RANGE)
+        self.scale.data.clamp_(min=SMALLEST_RANGE)  # `.data`: it may be in use in this very graph
+        return self.scale
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
@@ -148,12 +155,12 @@ class FakeQuantizer(nn.Module):
     @torch.no_grad()
     def int_values(self, x: Tensor) -> Tensor:
         """Return the integers that stand for `x`."""
-        return quantize(x, self.scale, self.zero_point, self.grid)
+        return quantize(x, self.positive_scale(), self.zero_point, self.grid)
 
     @torch.no_grad()
     def values(self, q: Tensor) -> Tensor:
         """Return the float values that integers stand for."""
-        return dequantize(q, self.scale, self.zero_point, self.grid)
+        return dequantize(q, self.positive_scale(), self.zero_point, self.grid)
 
     def resize(self, n: int) -> None:
         """Make room for `n` scales; the parameter stays the same object, and values start anew if `n` differs."""

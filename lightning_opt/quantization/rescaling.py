@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_opt.evaluation.state import evaluation_mode
 from lightning_opt.forward import Inputs, forward
 from lightning_opt.pruning.inputs import first_tensor
 from lightning_opt.quantization.improvement import Refused
 from lightning_opt.quantization.layers.base import handler
-from lightning_opt.quantization.layerwise import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def _outputs(model: nn.Module, group: Neighbours, inputs: Inputs) -> list[Tensor
         for path in group.readers
     ]
     try:
-        with evaluating(model), torch.random.fork_rng(devices=[]):
+        with evaluation_mode(model), torch.random.fork_rng(devices=[]):
             answer = forward(model, inputs)
     finally:
         for hook in hooks:

@@ -80,8 +80,3 @@ def from_rows(rows: Tensor, like: Tensor, *, output_dim: int = 0) -> Tensor:
     shape = like.movedim(output_dim, 0).shape
     assert rows.numel() == math.prod(shape)
     return rows.reshape(shape).movedim(0, output_dim).to(like.dtype).contiguous()
-
-
-def reconstruction_error(difference: Tensor, gram: Tensor) -> Tensor:
-    """Return the squared error of each output, `(G, O)`: `d^T (X^T X) d` for each row d of `(G, O, I)`."""
-    return torch.einsum("goi,gij,goj->go", difference.double(), gram.double(), difference.double())

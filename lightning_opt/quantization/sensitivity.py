@@ -10,11 +10,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_opt.evaluation.state import evaluation_mode
 from lightning_opt.forward import Inputs, predict
 from lightning_opt.quantization.calibration import calibrate, collect
-from lightning_opt.quantization.calls import record_calls
-from lightning_opt.quantization.layerwise import evaluating
-from lightning_opt.quantization.placement import Placement, place
+from lightning_opt.quantization.placement import Placement
 from lightning_opt.quantization.post_training import post_training_scheme
 from lightning_opt.quantization.prepare import prepare
 from lightning_opt.quantization.quantizer import FakeQuantizer
@@ -110,7 +109,7 @@ def distance_from(model: nn.Module, batches: Sequence[Inputs], *, kind: Literal[
             "mse": the mean squared difference, as a share of the variance of the answers. None: "kl" where the last
             axis has more than one value.
     """
-    with evaluating(model):
+    with evaluation_mode(model):
         wanted = [predict(model, batch).detach() for batch in batches]
     if kind is None:
         kind = "kl" if wanted and wanted[0].dim() > 1 and wanted[0].shape[-1] > 1 else "mse"
@@ -118,7 +117,7 @@ def distance_from(model: nn.Module, batches: Sequence[Inputs], *, kind: Literal[
 
     @torch.no_grad()
     def judge(other: nn.Module) -> float:
-        with evaluating(other):
+        with evaluation_mode(other):
             found = [predict(other, batch) for batch in batches]
         return measure(wanted, found)
 
@@ -175,8 +174,7 @@ class QuantizedParts:
         scheme = post_training_scheme(scheme).with_rules(dict.fromkeys(exclude))
         self.scheme = scheme
         self.model = copy.deepcopy(model).eval()
-        placement = place(record_calls(self.model, example_inputs), self.model, scheme)
-        prepare(self.model, example_inputs, scheme)
+        placement = prepare(self.model, example_inputs, scheme).placement
         if scheme.needs_calibration:
             calibrate(self.model, batches)
         switch_on(self.model)

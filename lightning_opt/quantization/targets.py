@@ -15,9 +15,9 @@ from lightning_opt.pruning.inputs import Reader, reader_for
 from lightning_opt.quantization.functional import scale_and_zero_point
 from lightning_opt.quantization.improvement import Outcome, Refused, first_reasons
 from lightning_opt.quantization.layers.base import QuantizedLayer
-from lightning_opt.quantization.layers.batch_norm import along
-from lightning_opt.quantization.layerwise import Stage
+from lightning_opt.quantization.layerwise import Stage, shared_weights
 from lightning_opt.quantization.observers import MinMax
+from lightning_opt.quantization.ops import along
 from lightning_opt.quantization.quantizer import FakeQuantizer
 from lightning_opt.quantization.rounding import Lattice, from_rows, to_rows
 from lightning_opt.quantization.state import set_enabled
@@ -134,7 +134,7 @@ def targets_in(
     Raises:
         ConfigError: There is none.
     """
-    tied = set() if shared else _shared_weights(model)
+    tied = set() if shared else shared_weights(model)
     found: dict[str, Target] = {}
     refused: list[Refused] = []
     for path, layer in model.named_modules():
@@ -181,14 +181,3 @@ def _reader(layer: QuantizedLayer, tied: set[int]) -> tuple[Reader | None, str]:
     if reader is None:
         return None, "nothing says how its inputs meet its weight (pruning.inputs.reader_for)"
     return reader, ""
-
-
-def _shared_weights(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that more than one place in the model holds."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared

@@ -83,17 +83,6 @@ def sizes(record: Record) -> tuple[int, int] | None:
     return (before, after) if before and after else None
 
 
-def drop_words(record: Record) -> str:
-    """Say what quality was lost: `0.2 points of acc worse than in float`; empty if it is not known."""
-    drop, metric = record["quantization"].get("quality_drop"), record["comparison"].get("metric") or "quality"
-    if drop is None:
-        return ""
-    name = text.plain(metric, limit=30)
-    if abs(drop) < (5e-4 if text.is_share(metric) else 1e-12):
-        return f"the same {name} as in float"
-    return f"{text.difference(drop, metric)} of {name} {'worse' if drop > 0 else 'better'} than in float"
-
-
 def loss_share(record: Record) -> float | None:
     """Return the loss as a share of the float model's quality; None if it is not known."""
     drop, name = record["quantization"].get("quality_drop"), record["quantization"].get("judged")

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lightning_opt.quantization import sites
 from lightning_opt.quantization.functional import fake_quantize, lsq, scale_and_zero_point
-from lightning_opt.quantization.layers.batch_norm import FoldableBatchNorm, along
+from lightning_opt.quantization.layers.batch_norm import FoldableBatchNorm
 from lightning_opt.quantization.layers.swap import plain_class
 from lightning_opt.quantization.observers import MinMax
-from lightning_opt.quantization.ops import SMALLEST_RANGE
+from lightning_opt.quantization.ops import along
 from lightning_opt.quantization.quantizer import FakeQuantizer
 
 
@@ -175,7 +175,6 @@ def _rounded(quantizer: FakeQuantizer, weight: Tensor) -> Tensor:
         rounded: Tensor = quantizer(weight)
         return rounded
     if quantizer.learnable:
-        scale = quantizer.scale.clamp(min=SMALLEST_RANGE)  # the last step may have gone past 0
-        return lsq(weight, scale, quantizer.zero_point, quantizer.grid)
+        return lsq(weight, quantizer.positive_scale(), quantizer.zero_point, quantizer.grid)
     scale, zero_point = scale_and_zero_point(*MinMax().of(weight, quantizer.grid), quantizer.grid)
     return fake_quantize(weight, scale, zero_point, quantizer.grid, is_covered=True)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_opt.quantization.ops import along
+
 if TYPE_CHECKING:
     from lightning_opt.quantization.layers.base import QuantizedLayer
 
@@ -85,15 +87,13 @@ class FoldedBatchNorm(nn.Identity):
     """What is left of a batch norm whose work is part of an integer layer."""
 
 
-def along(values: Tensor, x: Tensor, axis: int) -> Tensor:
-    """Shape one value per index of `axis` so that it broadcasts against `x`."""
-    shape = [1] * x.dim()
-    shape[axis] = -1
-    return values.reshape(shape)
-
-
-def why_not_folded(norm: nn.Module, channels: int) -> str | None:
-    """Say why a norm cannot be folded into a layer of so many output channels, as one clause; None if it can."""
+def why_not_folded(norm: nn.Module, layer: nn.Module) -> str | None:
+    """Say why a norm cannot be folded into a layer, as one clause; None if it can."""
+    if getattr(layer, "transposed", False) and getattr(layer, "groups", 1) > 1:
+        return "a transposed convolution with groups mixes the channels of its weight"
+    channels = getattr(layer, "out_channels", getattr(layer, "out_features", None))
+    if channels is None:
+        return "the layer has no output channels"
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return f"it is a {type(norm).__name__}, no batch norm"
     if norm.running_mean is None or norm.running_var is None:

@@ -12,7 +12,6 @@ from lightning_opt.quantization.layers.encoder import GuardedEncoderLayer
 from lightning_opt.quantization.layers.insertion import QUANTIZERS, remove
 from lightning_opt.quantization.layers.integer import IntegerLayer, install, is_same_weight, share
 from lightning_opt.quantization.layers.swap import remove_behaviour, replace_behaviour
-from lightning_opt.quantization.ops import SMALLEST_RANGE
 from lightning_opt.quantization.quantizer import FakeQuantizer
 
 
@@ -42,7 +41,7 @@ def settle(quantizer: FakeQuantizer) -> None:
     quantizer.freeze()
     quantizer.observer = None
     if quantizer.learnable:
-        scale = quantizer.scale.detach().clone()
+        scale = quantizer.positive_scale().detach().clone()
         del quantizer.scale
         quantizer.register_buffer("scale", scale)
         quantizer.learnable = quantizer.clip = False
@@ -69,14 +68,14 @@ def _to_integer(layer: QuantizedLayer, quantizer: FakeQuantizer) -> IntegerLayer
     weight, bias = layer.deployed_weight()
     if quantizer.observing and not quantizer.learnable:
         quantizer.fit(weight)
-    quantizer.scale.data.clamp_(min=SMALLEST_RANGE)
+    scale = quantizer.positive_scale()
     q = quantizer.int_values(weight)
     for norm in layer.norms:
         _clear(norm)
         norm.__class__ = FoldedBatchNorm  # type: ignore[assignment]
     behaviour, integer = kind.behaviour or QuantizedLayer, kind.integer or IntegerLayer
     del layer.norms, layer._modules["weight_quantizer"]
-    install(layer, q=q, scale=quantizer.scale, zero_point=quantizer.zero_point, bias=bias, grid=quantizer.grid)
+    install(layer, q=q, scale=scale, zero_point=quantizer.zero_point, bias=bias, grid=quantizer.grid)
     replace_behaviour(layer, behaviour, integer)
     return cast(IntegerLayer, layer)
 

@@ -11,7 +11,6 @@ from lightning_opt.quantization.grid import Grid
 from lightning_opt.quantization.layers.base import LayerKind, QuantizedLayer, handler
 from lightning_opt.quantization.layers.integer import IntegerLayer
 from lightning_opt.quantization.observers import MinMax
-from lightning_opt.quantization.ops import SMALLEST_RANGE
 from lightning_opt.quantization.packing import unpack
 from lightning_opt.quantization.quantizer import FakeQuantizer
 
@@ -60,13 +59,9 @@ def _rounded(quantizer: FakeQuantizer, rows: Tensor, weight: Tensor, ids: Tensor
         seen = weight if grid.axis is None else rows
         scale, zero_point = scale_and_zero_point(*MinMax().of(seen, grid), grid)
         return fake_quantize(rows, scale, zero_point, grid, is_covered=True)
-    if quantizer.learnable and quantizer.training:
-        quantizer.scale.data.clamp_(min=SMALLEST_RANGE)  # as the quantizer does before it rounds
-    scale = _of_ids(quantizer.scale, ids, grid, len(weight))
+    scale = _of_ids(quantizer.positive_scale(), ids, grid, len(weight))
     zero_point = _of_ids(quantizer.zero_point, ids, grid, len(weight))
-    if not quantizer.learnable:
-        return fake_quantize(rows, scale, zero_point, grid)
-    return lsq(rows, scale if quantizer.training else scale.clamp(min=SMALLEST_RANGE), zero_point, grid)
+    return (lsq if quantizer.learnable else fake_quantize)(rows, scale, zero_point, grid)
 
 
 def _of_rows(table: Any, rows: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
