@@ -134,17 +134,6 @@ class TiedProduct(nn.Module):
         return func(x, weight, *rest[1:], **kwargs)
 
 
-class Aside(nn.Module):
-    """The behaviour of quantized layers inside an owner: what they compute to round is none of the owner's calls."""
-
-    prefix = "Quantized"
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer's own forward, paused."""
-        with paused():
-            return super().forward(*args, **kwargs)
-
-
 class SiteOwner(nn.Module):
     """What a module becomes that has sites; its quantizers are its child `site_quantizers`.
 
@@ -221,8 +210,6 @@ def swap_owner(
         if name in held._modules:
             raise ValueError(f"site {function!r} number {index} of {type(module).__name__} is quantized already")
         held.add_module(name, _tied(module, table, make(values)) if table else make(values))
-        if function not in ("input", "output"):
-            _set_aside(module)
 
 
 def restore_owner(module: nn.Module) -> None:
@@ -230,8 +217,6 @@ def restore_owner(module: nn.Module) -> None:
     if CHILD in module._modules:
         remove_behaviour(module, ChainOwner if isinstance(module, ChainOwner) else SiteOwner)
         del module._modules[CHILD]
-        for child in module.modules():
-            remove_behaviour(child, Aside)
 
 
 def _tied(owner: nn.Module, table: str, quantizer: FakeQuantizer) -> TiedProduct:
@@ -241,12 +226,6 @@ def _tied(owner: nn.Module, table: str, quantizer: FakeQuantizer) -> TiedProduct
     except AttributeError as error:
         raise ValueError(f"site: {path!r} names no module of {type(owner).__name__}") from error
     return TiedProduct(path, None if table.endswith(ALONE) else quantizer)
-
-
-def _set_aside(owner: nn.Module) -> None:
-    for child in owner.modules():
-        if getattr(type(child), "behaviours", ()) and not isinstance(child, SiteOwner):
-            add_behaviour(child, Aside)
 
 
 def _innermost() -> SiteMode | None:

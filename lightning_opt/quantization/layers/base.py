@@ -109,9 +109,9 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute as the layer does, with rounded values where that is switched on."""
-        if not self.is_active:
-            return super().forward(input, *args, **kwargs)
-        with sites.paused():
+        with sites.paused():  # what a layer computes is no call of the owner around, also while it is switched off
+            if not self.is_active:
+                return super().forward(input, *args, **kwargs)
             if self.input_quantizer is not None:
                 input = self.input_quantizer(input)
             output = self.answer(input, *args, **kwargs)

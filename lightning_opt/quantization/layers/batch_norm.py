@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_opt.quantization.ops import along
+from lightning_opt.quantization.sites import paused
 
 if TYPE_CHECKING:
     from lightning_opt.quantization.layers.base import QuantizedLayer
@@ -38,6 +39,10 @@ class FoldableBatchNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise, unless the layer before has done it already; then round, if this is where that is done."""
+        with paused():
+            return self._normalised(input)
+
+    def _normalised(self, input: Tensor) -> Tensor:
         layer = self.layer
         if layer is not None and layer.folds:
             output = input

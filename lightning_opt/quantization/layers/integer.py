@@ -10,6 +10,7 @@ from lightning_opt.quantization.grid import Grid
 from lightning_opt.quantization.layers.base import LayerKind
 from lightning_opt.quantization.packing import pack, packed_bits, unpack
 from lightning_opt.quantization.quantizer import FakeQuantizer
+from lightning_opt.quantization.sites import paused
 
 
 class IntegerLayer(nn.Module):
@@ -42,10 +43,11 @@ class IntegerLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute as the layer does, with the weight that the integers stand for."""
-        if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
-        output = self.answer(input, *args, **kwargs)
-        return output if self.output_quantizer is None else self.output_quantizer(output)
+        with paused():
+            if self.input_quantizer is not None:
+                input = self.input_quantizer(input)
+            output = self.answer(input, *args, **kwargs)
+            return output if self.output_quantizer is None else self.output_quantizer(output)
 
     def answer(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute with the weight that the integers stand for."""
