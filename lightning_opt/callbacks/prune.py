@@ -1,6 +1,6 @@
 """Prune while training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,20 +9,20 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_opt.callbacks.prune_arguments import What, When
-from lightning_opt.callbacks.prune_neighbours import (
+from lightning_opt.callbacks.change import ModelChange
+from lightning_opt.callbacks.moments import Length
+from lightning_opt.callbacks.neighbours import (
     forget_best_if_settled,
     hold_early_stopping,
-    nothing,
-    restore_averages,
     save_soon,
 )
+from lightning_opt.callbacks.network import example_of, find_root
+from lightning_opt.callbacks.prune_arguments import What, When
 from lightning_opt.callbacks.prune_plan import Plan
 from lightning_opt.callbacks.prune_run import Pruning
-from lightning_opt.callbacks.prune_target import example_of, find_root, refuse_optimizers, refuse_strategy, taps_of
-from lightning_opt.callbacks.prune_timeline import Length, Timeline
+from lightning_opt.callbacks.prune_target import refuse_optimizers, refuse_strategy, taps_of
+from lightning_opt.callbacks.prune_timeline import Timeline
 from lightning_opt.checkpointing.recipe import install
-from lightning_opt.errors import ConfigError
 from lightning_opt.forward import Inputs
 from lightning_opt.pruning.allocation import Allocation
 from lightning_opt.pruning.criteria import Criterion, GroupCriterion
@@ -33,7 +33,7 @@ from lightning_opt.pruning.solvers import SparseGPT
 from lightning_opt.pruning.structured import Of, Sizes, Structures
 
 
-class Prune(pl.Callback):
+class Prune(ModelChange):
     """Masks weights more and more while a model trains, or masks whole structures and then removes them.
 
     Acts: at `start`, every `every` and at `end`, in `on_train_batch_end` once an optimizer step is done, so never with
@@ -80,6 +80,9 @@ class Prune(pl.Callback):
         ValueError: An argument is out of range; the message names it.
     """
 
+    _run: Pruning | None
+    keeps = "the masks would be lost; keep pattern, module, include and exclude as they were"
+
     def __init__(
         self,
         pattern: Pattern | Structures = Element(),  # noqa: B008 - frozen
@@ -125,19 +128,9 @@ class Prune(pl.Callback):
         self.observe_steps, self.penalty = observe_steps, penalty
         self._root_name = ""
         self._plan: Plan | None = None
-        self._run: Pruning | None = None
-        self._loaded: Mapping[str, Any] | None = None
-        self._settled = False
-        self._release = nothing
-        # Lightning asks for the key at each hook of each step.
-        self._state_key = self._generate_state_key(
+        super().__init__(
             pattern=type(pattern).__name__, module=module, include=self.what.include, exclude=self.what.exclude
         )
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the model has its final form."""
-        return self._settled
 
     @property
     def timeline(self) -> Timeline:
@@ -175,11 +168,6 @@ class Prune(pl.Callback):
         """Return what was done, as `{method, from_step, to_step, what}`."""
         return [] if self._run is None else self._run.stages(str(self.what))
 
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._state_key
-
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         refuse_strategy(trainer, shrinks=self.what.can_shrink)
@@ -192,25 +180,6 @@ class Prune(pl.Callback):
                 example_inputs=lambda: example_of(trainer, pl_module, self.example_inputs),
                 taps=taps_of(pl_module),
             )
-
-    @override
-    def on_load_checkpoint(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: Any) -> None:
-        restore_averages(trainer, checkpoint)
-        states = checkpoint.get("callbacks", {})
-        others = [key for key in states if key.startswith(type(self).__qualname__)]
-        if trainer.state.fn == "fit" and others and self.state_key not in states:
-            raise ConfigError(
-                f"the checkpoint was written with {', '.join(others)}, and this run has {self.state_key}: the masks "
-                "would be lost; keep pattern, module, include and exclude as they were"
-            )
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict or None
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self._run is None else {**self._run.state_dict(), "settled": self._settled}
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -295,17 +264,3 @@ class Prune(pl.Callback):
                 f"training ended at step {trainer.global_step}, before pruning was over (step {self.timeline.last})"
             )
         self._end()
-
-    @override
-    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        self._end()
-
-    @override
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        if self._run is not None:
-            self._run.detach()
-        self._release()
-        self._release = nothing

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from lightning_opt.callbacks.moments import Length, Moment
 from lightning_opt.callbacks.prune_plan import Plan
 from lightning_opt.callbacks.prune_structures import StructurePlan
-from lightning_opt.callbacks.prune_timeline import Length, Moment, Timeline
+from lightning_opt.callbacks.prune_timeline import Timeline
 from lightning_opt.callbacks.prune_weights import WeightPlan
 from lightning_opt.forward import Inputs
 from lightning_opt.pruning.allocation import ERK, LAMP, Allocation

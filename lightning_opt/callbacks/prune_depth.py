@@ -8,8 +8,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_opt.callbacks.prune import Prune
-from lightning_opt.callbacks.prune_neighbours import (
+from lightning_opt.callbacks.moments import Length, Moment
+from lightning_opt.callbacks.neighbours import (
     averages,
     forget_best_if_settled,
     hold_early_stopping,
@@ -17,10 +17,11 @@ from lightning_opt.callbacks.prune_neighbours import (
     restore_averages,
     save_soon,
 )
+from lightning_opt.callbacks.network import example_of, find_root
+from lightning_opt.callbacks.prune import Prune
 from lightning_opt.callbacks.prune_run import count
 from lightning_opt.callbacks.prune_structures import first_decides, unwrapped
-from lightning_opt.callbacks.prune_target import example_of, find_root, refuse_optimizers, refuse_strategy, taps_of
-from lightning_opt.callbacks.prune_timeline import Length, Moment
+from lightning_opt.callbacks.prune_target import refuse_optimizers, refuse_strategy, taps_of
 from lightning_opt.checkpointing.recipe import install
 from lightning_opt.errors import ConfigError
 from lightning_opt.forward import Inputs

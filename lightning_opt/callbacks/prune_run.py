@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_opt.callbacks.compiled import is_compiled
+from lightning_opt.callbacks.neighbours import mask_averages
 from lightning_opt.callbacks.non_finite import NonFiniteGuard, is_bad
-from lightning_opt.callbacks.prune_neighbours import mask_averages
 from lightning_opt.callbacks.prune_plan import Plan
 from lightning_opt.callbacks.prune_timeline import Timeline
 from lightning_opt.checkpointing.rng import gather

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_opt.callbacks.compiled import uncompiled
-from lightning_opt.callbacks.prune_neighbours import averages
+from lightning_opt.callbacks.neighbours import averages
 from lightning_opt.callbacks.prune_target import check_names, matches
 from lightning_opt.errors import ConfigError
+from lightning_opt.evaluation.state import uncompiled
 from lightning_opt.forward import Inputs, map_inputs
 from lightning_opt.modules.taps import match_modules
 from lightning_opt.pruning.criteria import Criterion, GroupCriterion, Magnitude

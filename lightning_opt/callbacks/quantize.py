@@ -1,6 +1,6 @@
 """Quantize while training, or after it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -8,14 +8,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_opt.callbacks.prune_neighbours import (
+from lightning_opt.callbacks.change import ModelChange
+from lightning_opt.callbacks.moments import Length
+from lightning_opt.callbacks.neighbours import (
     forget_best_if_settled,
     hold_early_stopping,
     nothing,
-    restore_averages,
 )
-from lightning_opt.callbacks.prune_target import example_of, find_root
-from lightning_opt.callbacks.prune_timeline import Length
+from lightning_opt.callbacks.network import example_of, find_root
 from lightning_opt.callbacks.quantize_arguments import Improvement, Method, What
 from lightning_opt.callbacks.quantize_averages import refuse_learned
 from lightning_opt.callbacks.quantize_company import refuse_late_cuts, refuse_twins
@@ -37,7 +37,7 @@ from lightning_opt.quantization.scheme import Scheme
 from lightning_opt.quantization.state import quantizers
 
 
-class Quantize(pl.Callback):
+class Quantize(ModelChange):
     """Trains a model with its weights and activations rounded to few bits, or rounds them when training is over.
 
     Acts, with `method="qat"`: in `setup` quantizers are inserted, switched off, before weights are restored. In the 16
@@ -75,6 +75,9 @@ class Quantize(pl.Callback):
         ValueError: An argument is out of range; the message names it.
     """
 
+    _run: Quantizing | None
+    keeps = "when what is frozen would be lost; keep module as it was"
+
     def __init__(
         self,
         scheme: Scheme | str = "w8a8",
@@ -103,18 +106,13 @@ class Quantize(pl.Callback):
         self.checkpoint_path: str | None = None
         self._root_name = ""
         self._root: nn.Module | None = None
-        self._run: Quantizing | None = None
         self._after: PostTraining | None = None
-        self._loaded: Mapping[str, Any] | None = None
+        super().__init__(module=module)
         self._settled = not self.what.trains
-        self._release = nothing
-        # Lightning asks for the key at each hook of each step.
-        self._state_key = self._generate_state_key(module=module)
 
     @property
-    def is_settled(self) -> bool:
-        """Whether the model that is trained has its final form."""
-        return self._settled
+    def _needs_state(self) -> bool:
+        return self.what.trains
 
     @property
     def phases(self) -> Phases:
@@ -150,11 +148,6 @@ class Quantize(pl.Callback):
             return self._after.stages(str(self.what))
         return [] if self._run is None else self._run.stages(str(self.what))
 
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._state_key
-
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         refuse_strategy(trainer, method=self.what.method)
@@ -178,26 +171,6 @@ class Quantize(pl.Callback):
             raise ConfigError(f"scheme={self.what.name}: the model is quantized already, by another scheme")
         insert_into_averages(trainer, self._root_name, root)
         keep_out_of_ddp(pl_module, quantizers(root).values())
-
-    @override
-    def on_load_checkpoint(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: Any) -> None:
-        restore_averages(trainer, checkpoint)
-        states = checkpoint.get("callbacks", {})
-        others = [key for key in states if key.startswith(type(self).__qualname__)]
-        if trainer.state.fn == "fit" and self.what.trains and others and self.state_key not in states:
-            raise ConfigError(
-                f"the checkpoint was written with {', '.join(others)}, and this run has {self.state_key}: when what is "
-                "frozen would be lost; keep module as it was"
-            )
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict or None
-        self._settled = state_dict.get("settled", self._settled)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self._run is None else {**self._run.state_dict(), "settled": self._settled}
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -266,17 +239,3 @@ class Quantize(pl.Callback):
             self.checkpoint_path = self._after.act(trainer, pl_module)
         elif self._run is None and self._loaded is not None:  # there was nothing left to train
             self._run = self._make_run(trainer)
-
-    @override
-    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        self._end()
-
-    @override
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        if self._run is not None:
-            self._run.detach()
-        self._release()
-        self._release = nothing

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging as Swa
 from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from torch import nn
 
-from lightning_opt.callbacks.prune_target import find_root
+from lightning_opt.callbacks.network import find_root
 from lightning_opt.errors import ConfigError
 from lightning_opt.quantization.state import quantizers, weight_quantizers
 

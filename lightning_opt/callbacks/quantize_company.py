@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import lightning.pytorch as pl
 from torch import nn
 
+from lightning_opt.callbacks.moments import Length
+from lightning_opt.callbacks.network import find_root
 from lightning_opt.callbacks.prune import Prune
 from lightning_opt.callbacks.prune_depth import PruneDepth
-from lightning_opt.callbacks.prune_target import find_root
-from lightning_opt.callbacks.prune_timeline import Length
 from lightning_opt.errors import ConfigError
 
 

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_opt.callbacks.compiled import uncompiled
-from lightning_opt.callbacks.prune_neighbours import averaged_roots
+from lightning_opt.callbacks.neighbours import averaged_roots
 from lightning_opt.errors import ConfigError
+from lightning_opt.evaluation.state import uncompiled
 from lightning_opt.forward import Inputs, map_inputs
 from lightning_opt.quantization.prepare import prepare
 from lightning_opt.quantization.scheme import Scheme

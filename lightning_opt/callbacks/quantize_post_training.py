@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_opt.callbacks.compiled import uncompiled
-from lightning_opt.callbacks.prune_target import example_of, find_root
+from lightning_opt.callbacks.network import example_of, find_root
 from lightning_opt.callbacks.quantize_arguments import What
 from lightning_opt.callbacks.quantize_insert import in_dtype_of, warn_of, without_trainer
 from lightning_opt.callbacks.quantize_samples import calibration_inputs, check_enough
 from lightning_opt.checkpointing import SaveCheckpoints
 from lightning_opt.checkpointing.recipe import restore_recipes
 from lightning_opt.errors import ConfigError
+from lightning_opt.evaluation.state import uncompiled
 from lightning_opt.forward import Inputs
 from lightning_opt.modules import TaskModule
 from lightning_opt.quantization.mixed_precision import MixedPrecision, mixed_precision

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_opt.callbacks.compiled import is_compiled
-from lightning_opt.callbacks.prune_neighbours import averaged_roots, nothing, save_soon
+from lightning_opt.callbacks.neighbours import averaged_roots, nothing, save_soon
 from lightning_opt.callbacks.quantize_averages import follow, is_of_weight, keep_following, start_scales, watch_weights
 from lightning_opt.callbacks.quantize_ranks import Reducer, average_gradients, whole_weights
 from lightning_opt.callbacks.quantize_timeline import Phases
@@ -41,6 +41,7 @@ class Quantizing:
         self._watching = ExitStack()
         self._undo = nothing
         self._reducer: Reducer | None = None
+        self._reduced: list[FakeQuantizer] = []
         self._scales: list[nn.Parameter] = []
         self._holds_batch_norm = False
 
@@ -76,7 +77,7 @@ class Quantizing:
         if self._reducer is not None:
             self._reducer.reduce()
             if self.phases.is_on(self.step):
-                for quantizer in self._watched():
+                for quantizer in self._reduced:
                     quantizer.fit()
 
     def after_backward(self) -> None:
@@ -148,8 +149,8 @@ class Quantizing:
                 freeze_batch_norm(root, holds)
         self._holds_batch_norm = holds
         if self.trainer.world_size > 1:
-            watched = self._watched()
-            self._reducer = Reducer(watched) if watched else None
+            self._reduced = self._watched()
+            self._reducer = Reducer(self._reduced) if self._reduced else None
             self._scales = self._scales_to_average()
         if is_compiled(self.trainer.lightning_module):
             torch.compiler.reset()  # else it might run out of recompilations

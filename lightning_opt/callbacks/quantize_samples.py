@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from lightning_opt.callbacks.network import inputs_of
 from lightning_opt.checkpointing.loader import ResumableLoader
 from lightning_opt.data.arrays import BatchDataset
 from lightning_opt.errors import ConfigError
 from lightning_opt.forward import Inputs, map_inputs
-from lightning_opt.modules import TaskModule
-
-_LABELS = ("labels", "label", "index")
 
 
 def check_enough(trainer: "pl.Trainer", samples: int) -> None:
@@ -52,15 +50,6 @@ def calibration_inputs(trainer: "pl.Trainer", pl_module: "pl.LightningModule", s
             if left <= 0:
                 break
     return found
-
-
-def inputs_of(batch: Any, pl_module: "pl.LightningModule") -> Any:
-    """Return the part of a batch that the network takes: what the task reads, all but the labels, or the first part."""
-    if isinstance(pl_module, TaskModule):
-        return pl_module.task.read(batch).inputs
-    if isinstance(batch, Mapping):
-        return {name: value for name, value in batch.items() if name not in _LABELS}
-    return batch[0] if isinstance(batch, tuple | list) else batch
 
 
 def _placed(value: Any, *, pl_module: "pl.LightningModule", left: int) -> Any:

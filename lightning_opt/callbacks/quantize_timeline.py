@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_opt.callbacks.prune_timeline import Length, Moment
+from lightning_opt.callbacks.moments import Length, Moment
 from lightning_opt.errors import ConfigError
 
 WARM_UP_STEPS = 16

@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_opt.callbacks.prune_timeline import Length
+from lightning_opt.callbacks.moments import Length
 from lightning_opt.config.build import Config, build_model
 from lightning_opt.config.build_fit import build_trainer, changes_model
 from lightning_opt.tasks import Task

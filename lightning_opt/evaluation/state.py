@@ -35,6 +35,19 @@ def on_device(device: torch.device | str, *models: nn.Module) -> Iterator[None]:
                 model.to(home)
 
 
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Call the modules of a model without what `Module.compile` put before them, which cannot be traced or copied."""
+    held = [(part, part._compiled_call_impl) for part in model.modules() if part._compiled_call_impl is not None]
+    try:
+        for part, _ in held:
+            part._compiled_call_impl = None
+        yield
+    finally:
+        for part, call in held:
+            part._compiled_call_impl = call
+
+
 def _device_of(model: nn.Module) -> torch.device | None:
     first = next(chain[torch.Tensor](model.parameters(), model.buffers()), None)
     return None if first is None else first.device

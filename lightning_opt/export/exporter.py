@@ -15,7 +15,7 @@ from lightning_opt.errors import ConfigError, LightningOptError, MissingExtraErr
 from lightning_opt.evaluation.inputs import at_batch, to_device
 from lightning_opt.evaluation.latency import fixed_threads
 from lightning_opt.evaluation.size import bytes_on_disk
-from lightning_opt.evaluation.state import evaluation_mode, on_device
+from lightning_opt.evaluation.state import evaluation_mode, on_device, uncompiled
 from lightning_opt.export.compare import Difference, compare
 from lightning_opt.export.cpu import multiplies_int8_exactly
 from lightning_opt.export.files import make_folder
@@ -25,7 +25,7 @@ from lightning_opt.export.openvino import OpenVinoRunner, require_openvino, writ
 from lightning_opt.export.precision import FLOATS, precision_of
 from lightning_opt.export.program import export_program
 from lightning_opt.export.quantized_ops import holds_dynamic
-from lightning_opt.export.runner import EagerRunner, Runner, uncompiled
+from lightning_opt.export.runner import EagerRunner, Runner
 from lightning_opt.export.safetensors import read_safetensors, state_tensors, write_safetensors
 from lightning_opt.export.timing import LatencyPlan, explain_latency, time_runners
 from lightning_opt.export.torch_export import TorchExportRunner, write_torch_export

@@ -15,8 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from lightning_opt.errors import ConfigError
 from lightning_opt.evaluation.inputs import at_batch
-from lightning_opt.evaluation.state import evaluation_mode
-from lightning_opt.export.runner import uncompiled
+from lightning_opt.evaluation.state import evaluation_mode, uncompiled
 from lightning_opt.forward import Inputs, predict
 
 OUTPUT_NAME = "logits"

@@ -1,7 +1,6 @@
 """What runs a model for comparison and timing: the model itself here, files in the rooms beside."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -48,16 +47,3 @@ class EagerRunner:
     def predict(self, inputs: Inputs) -> Tensor:
         with torch.inference_mode():
             return predict(self._model, inputs).float().clone()
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Call the modules of a model without what `Module.compile` put before them, which cannot be traced or copied."""
-    held = [(part, part._compiled_call_impl) for part in model.modules() if part._compiled_call_impl is not None]
-    try:
-        for part, _ in held:
-            part._compiled_call_impl = None
-        yield
-    finally:
-        for part, call in held:
-            part._compiled_call_impl = call

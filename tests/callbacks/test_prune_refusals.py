@@ -11,8 +11,8 @@ from prune_job import Conv, Mlp, Stranger, fit, make_run
 from torch import nn
 
 from lightning_opt.callbacks import Prune
+from lightning_opt.callbacks.moments import Length
 from lightning_opt.callbacks.prune_target import refuse_strategy
-from lightning_opt.callbacks.prune_timeline import Length
 from lightning_opt.errors import ConfigError
 from lightning_opt.pruning.allocation import ERK, PerLayer
 from lightning_opt.pruning.criteria import BatchNormScale, GroupNorm, Snip, Wanda

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lightning_opt.callbacks.prune_timeline import Length, Moment, Timeline
+from lightning_opt.callbacks.moments import Length, Moment
+from lightning_opt.callbacks.prune_timeline import Timeline
 from lightning_opt.errors import ConfigError
 
 LENGTH = Length(total_steps=200, steps_per_epoch=20)

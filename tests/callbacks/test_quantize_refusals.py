@@ -13,7 +13,7 @@ from quantize_job import QAT, Residual, run_of, train
 from torch import nn
 
 from lightning_opt.callbacks import Quantize
-from lightning_opt.callbacks.prune_timeline import Length
+from lightning_opt.callbacks.moments import Length
 from lightning_opt.callbacks.quantize_ranks import refuse_strategy
 from lightning_opt.errors import ConfigError
 from lightning_opt.quantization.smooth import SmoothQuant

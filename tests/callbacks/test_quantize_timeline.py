@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_opt.callbacks.prune_timeline import Length
+from lightning_opt.callbacks.moments import Length
 from lightning_opt.callbacks.quantize_timeline import WARM_UP_STEPS, Phases, When
 from lightning_opt.errors import ConfigError
 

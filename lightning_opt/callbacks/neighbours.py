@@ -1,4 +1,4 @@
-"""What a pruner owes to the other callbacks of a training.
+"""What a callback that changes the model owes to the other callbacks of a training.
 
 Averages of weights must not bring pruned weights back; a training must not stop, and no checkpoint must count as best,
 before the model has its final form.
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging as Swa
 from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from torch import nn
 
-from lightning_opt.callbacks.prune_target import find_root
+from lightning_opt.callbacks.network import find_root
 from lightning_opt.checkpointing import SaveCheckpoints
 from lightning_opt.checkpointing.recipe import restore_recipes
 from lightning_opt.pruning.masks import Masks
