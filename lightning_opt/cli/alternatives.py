@@ -5,18 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
 
-from lightning_opt.cli.judging import COMPARED_BATCHES, batches_of_test, example_of, quality_of
+from lightning_opt.cli.deploying import written
+from lightning_opt.cli.judging import example_of
 from lightning_opt.cli.log import log
 from lightning_opt.cli.quantized import POST_TRAINING
 from lightning_opt.cli.sides import Sides
 from lightning_opt.config.build import Config
 from lightning_opt.data import DataModule
 from lightning_opt.errors import ConfigError
-from lightning_opt.export import FORMATS, export
+from lightning_opt.export import FORMATS
 from lightning_opt.quantization import Scheme, quantize
-from lightning_opt.reporting import deployed_entry
 from lightning_opt.tasks import Task
 
 Record = dict[str, Any]
@@ -49,41 +48,30 @@ def write_alternatives(
     names = (config.get("export") or {}).get("schemes") or []
     if not names or sides.forms is None or sides.forms.method != POST_TRAINING:
         return []
-    floating, written = sides.models[sides.forms.reference], []
+    floating, found = sides.models[sides.forms.reference], []
     for name in names:
         log.info("exporting the same model as %s", name)
-        scheme = Scheme.parse(name)
-        batches = _calibration(data) if scheme.needs_calibration else None
-        model = quantize(floating, example_of(data), scheme, calibration=batches)
+        try:
+            model = quantize(floating, example_of(data), name, calibration=_calibration(name, data))
+        except ConfigError as error:  # the run is done: what is left out beside it is told and no more
+            log.warning("warning: export.schemes: %s is left out: %s", name, error)
+            continue
         for form in _engine_formats(config["export"].get("formats", "auto")):
+            place = folder / "artifact" / name
             try:
-                entry = _write(config, folder / "artifact" / name, model, form, task, data)
+                (entry,) = written(config, place, model, task, data, formats=[form], inside="artifact/")
             except ConfigError as error:
                 log.warning("warning: export.schemes: %s is not written as %s: %s", name, form, error)
                 continue
-            entry |= {"format": f"{form}, {name}", "file": f"artifact/{name}/{entry['file']}"}
-            written.append(deployed_entry(entry))
-    return written
+            found.append(entry | {"format": f"{form}, {name}"})
+    return found
 
 
-def _write(
-    config: Config, place: Path, model: nn.Module, form: str, task: Task, data: pl.LightningDataModule
-) -> Record:
-    return export(
-        model,
-        example_of(data),
-        place,
-        formats=[form],
-        batches=[inputs for inputs, _ in batches_of_test(task, data, COMPARED_BATCHES)],
-        latency=None,
-        quality=lambda predictor: quality_of(predictor, task, data),
-        threads=(config.get("benchmark") or {}).get("threads"),
-    )[0]
-
-
-def _calibration(data: pl.LightningDataModule) -> list[Any]:
+def _calibration(scheme: str, data: pl.LightningDataModule) -> list[Any] | None:
+    if not Scheme.parse(scheme).needs_calibration:
+        return None
     if not isinstance(data, DataModule):
-        raise ConfigError("export.schemes: a scheme with fixed ranges needs calibration_batches() of the data module")
+        raise ConfigError("fixed ranges need calibration_batches() of lightning_opt.data.DataModule")
     return data.calibration_batches(-(-_CALIBRATION_SAMPLES // data.batch_size))
 
 

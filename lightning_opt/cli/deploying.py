@@ -4,15 +4,58 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from torch import nn
 
+from lightning_opt.cli.judging import COMPARED_BATCHES, batches_of_test, example_of, quality_of
 from lightning_opt.cli.log import log
+from lightning_opt.config.build import Config
 from lightning_opt.evaluation import Measured
 from lightning_opt.evaluation.latency import fixed_threads
-from lightning_opt.export import OnnxRunner, OpenVinoRunner, TorchExportRunner
+from lightning_opt.export import LatencyPlan, OnnxRunner, OpenVinoRunner, TorchExportRunner, export
 from lightning_opt.export.runner import EagerRunner, Runner
+from lightning_opt.reporting import deployed_entry
+from lightning_opt.tasks import Task
 
 Record = dict[str, Any]
+
+
+def written(
+    config: Config,
+    place: Path,
+    model: nn.Module,
+    task: Task,
+    data: pl.LightningDataModule,
+    *,
+    formats: Sequence[str] | str,
+    inside: str = "",
+    latency: LatencyPlan | None = None,
+) -> list[Record]:
+    """Write a model in some formats; each file is read back, compared on test batches, and judged on the test set.
+
+    Args:
+        config: Its part `benchmark` says with how many threads.
+        place: The folder.
+        model: In eval mode, on the CPU.
+        task: Judges the answers of each file.
+        data: Gives the test set.
+        formats: Which.
+        inside: Path of the folder that `place` is in, as the record names files.
+        latency: How to time the files beside each other; None leaves that to others.
+    """
+    found = export(
+        model,
+        example_of(data),
+        place,
+        formats=formats,
+        batches=[inputs for inputs, _ in batches_of_test(task, data, COMPARED_BATCHES)],
+        latency=latency,
+        quality=lambda predictor: quality_of(predictor, task, data),
+        threads=(config.get("benchmark") or {}).get("threads"),
+    )
+    for entry in found:
+        entry["file"] = f"{inside}{place.name}/{entry['file']}" if entry["file"] else None
+    return [deployed_entry(entry) for entry in found]
 
 
 def runners_of(deployed: Sequence[Record], folder: Path, model: nn.Module, *, threads: int | None) -> dict[str, Runner]:

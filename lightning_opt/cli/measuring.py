@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lightning_opt.cli import quantized
 from lightning_opt.cli.alternatives import write_alternatives
-from lightning_opt.cli.deploying import runners_of, with_times
+from lightning_opt.cli.deploying import runners_of, with_times, written
 from lightning_opt.cli.fitting import Fitted
-from lightning_opt.cli.judging import COMPARED_BATCHES, agreement, batches_of_test, example_of, quality_of
+from lightning_opt.cli.judging import agreement, example_of, quality_of
 from lightning_opt.cli.log import log
 from lightning_opt.cli.pruned import pruning_of, was_pruned
 from lightning_opt.cli.sides import Sides, entries_of, gather
@@ -22,9 +22,9 @@ from lightning_opt.evaluation import (
     Price,
     measure_beside,
 )
-from lightning_opt.export import LatencyPlan, export, save_artifact
+from lightning_opt.export import LatencyPlan, save_artifact
 from lightning_opt.forward import Inputs
-from lightning_opt.reporting import comparison, deployed_entry
+from lightning_opt.reporting import comparison
 from lightning_opt.surgery import recipe_of
 from lightning_opt.tasks import Task
 
@@ -155,19 +155,8 @@ def deploy(
     if not asked:
         return []
     log.info("exporting to %s", place)
-    written = export(
-        model,
-        example_of(data),
-        place,
-        formats=asked.get("formats", "auto"),
-        batches=[inputs for inputs, _ in batches_of_test(task, data, COMPARED_BATCHES)],
-        latency=LatencyPlan(batch_sizes=timing.get("batch_sizes", (1, 32))) if timing and timed else None,
-        quality=lambda predictor: quality_of(predictor, task, data),
-        threads=timing.get("threads"),
-    )
-    for entry in written:
-        entry["file"] = f"{place.name}/{entry['file']}" if entry["file"] else None
-    return [deployed_entry(entry) for entry in written]
+    latency = LatencyPlan(batch_sizes=timing.get("batch_sizes", (1, 32))) if timing and timed else None
+    return written(config, place, model, task, data, formats=asked.get("formats", "auto"), latency=latency)
 
 
 def _copy_curves(folder: Path, found: Found) -> None:

@@ -13,10 +13,11 @@ from lightning_opt.cli.log import log
 from lightning_opt.config.build import Config, build_model
 from lightning_opt.errors import LightningOptError
 from lightning_opt.evaluation import count_nonzero, count_parameters, safetensors_bytes
+from lightning_opt.export import deployable as with_integers
 from lightning_opt.export import fused_layers
 from lightning_opt.export.exporter import first_line
 from lightning_opt.forward import Inputs
-from lightning_opt.quantization.convert import convert, float_twin
+from lightning_opt.quantization.convert import float_twin
 from lightning_opt.quantization.prepare import prepare
 from lightning_opt.quantization.scheme import Scheme
 from lightning_opt.quantization.state import is_converted, is_quantized, quantizers
@@ -70,11 +71,8 @@ def was_quantized(config: Config, student: Fitted) -> bool:
 
 def deployable(model: nn.Module) -> nn.Module:
     """Return what is deployed of a model: integers where it rounds, no quantizers where they were never on."""
-    found = quantizers(model)
-    if is_converted(model) or not found:
-        return model
-    if all(quantizer.enabled for quantizer in found.values()):
-        return convert(copy.deepcopy(model))
+    if is_converted(model) or all(quantizer.enabled for quantizer in quantizers(model).values()):
+        return with_integers(model)
     return float_twin(model)
 
 

@@ -56,7 +56,7 @@ def write_openvino(program: ExportedProgram, path: Path, *, source: Path | None 
         if source is None and holds_quantization(program):
             make_folder(Path(folder) / "source")
             source = write_onnx(program, Path(folder) / "source" / "model.onnx", dynamic=False)
-        with quiet(), _no_usage_data():
+        with quiet(), no_usage_data():
             converted = openvino.convert_model(program if source is None else source)
         _drop_zero_points(converted)
         # The converter forgets which axes are fixed; the engine plans better when it knows them.
@@ -85,16 +85,21 @@ def _drop_zero_points(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _no_usage_data() -> Iterator[None]:
-    """Keep the converter from sending usage data: it leaves that out where it believes to be in a build machine."""
-    before = os.environ.get("CI")
-    os.environ["CI"] = "true"
+def no_usage_data(*names: str) -> Iterator[None]:
+    """Keep Intel's packages from sending usage data: they leave that out where they believe to be in a build machine.
+
+    Args:
+        names: Environment variables that say so, besides CI.
+    """
+    before = {name: os.environ.get(name) for name in ("CI", *names)}
+    os.environ.update(dict.fromkeys(before, "true"))
     try:
         yield
     finally:
-        os.environ.pop("CI")
-        if before is not None:
-            os.environ["CI"] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 class OpenVinoRunner:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_opt.evaluation.inputs import at_batch
-from lightning_opt.evaluation.latency import MIN_CALLS, percentile_ms, time_interleaved
+from lightning_opt.evaluation.latency import MIN_CALLS, latency_row, time_interleaved
 from lightning_opt.export.runner import Runner
 from lightning_opt.forward import Inputs
 
@@ -41,7 +41,7 @@ def time_runners(runners: Mapping[str, Runner], example_inputs: Inputs, plan: La
             max_seconds=plan.max_seconds / len(plan.batch_sizes),
         )
         for name, samples in timings.samples_ms.items():
-            rows[name].append({"batch": batch} | {f"p{p}": percentile_ms(samples, p) for p in MIN_CALLS})
+            rows[name].append(latency_row(samples, batch=batch))
     return rows
 
 

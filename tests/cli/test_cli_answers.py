@@ -8,39 +8,11 @@ from lightning_opt.cli.answers import find_cache
 from lightning_opt.cli.teachers import find_teachers
 from lightning_opt.config.build import build_task
 from lightning_opt.config.build_fit import build_data
-from lightning_opt.config.checks import check
-from lightning_opt.config.compose import compose_config, plain, read_command_line
 from lightning_opt.errors import ConfigError
 
-BASE = (
-    "+experiment=distill",
-    "data=digits",
-    "data.batch_size=256",
-    "model.image_size=8",
-    "teacher.model.image_size=8",
-    "teacher.model.widths=[4]",
-    "teacher.model.hidden=null",
-    "teacher.train.max_epochs=1",
-    "trainer.max_epochs=1",
-    "trainer.accelerator=cpu",
-    "callbacks=none",
-)
 
-
-@pytest.fixture
-def config(tmp_path):
-    def composed(*words):
-        values = plain(
-            compose_config(read_command_line([*BASE, *words, f"paths.cache_dir={tmp_path}"], config_name="train"))
-        )
-        check(values)
-        return values
-
-    return composed
-
-
-def test_stored_answers_are_found_again_and_replace_the_teacher(config):
-    values = config("teacher.cache.average_versions=null")
+def test_stored_answers_are_found_again_and_replace_the_teacher(distill):
+    values = distill("teacher.cache.average_versions=null")
     found = find_teachers(values)
     task, data = build_task(values), build_data(values)
     cache = find_cache(values, found.teachers, data, task)
@@ -50,17 +22,17 @@ def test_stored_answers_are_found_again_and_replace_the_teacher(config):
     assert find_cache(values, found.teachers, build_data(values), task).folder == cache.folder
 
 
-def test_stored_answers_give_way_to_losses_that_read_features(config, caplog, monkeypatch):
+def test_stored_answers_give_way_to_losses_that_read_features(distill, caplog, monkeypatch):
     """The distill experiment stores answers; another loss of the user's must not need to know that."""
     monkeypatch.setattr(answers.log, "propagate", True)
-    values = config("loss=[kd,similarity_preserving]")
+    values = distill("loss=[kd,similarity_preserving]")
     found = find_teachers(values)
     assert find_cache(values, found.teachers, build_data(values), build_task(values)) is None
     assert "similarity_preserving reads the teacher's features" in caplog.text
 
 
-def test_unseeded_augmentation_is_refused_by_the_cache(config):
-    values = config("teacher.cache.average_versions=null")
+def test_unseeded_augmentation_is_refused_by_the_cache(distill):
+    values = distill("teacher.cache.average_versions=null")
     found = find_teachers(values)
     data = build_data(values)
     loader = data.train_dataloader()
@@ -76,8 +48,8 @@ def test_unseeded_augmentation_is_refused_by_the_cache(config):
         find_cache(values, found.teachers, data, build_task(values))
 
 
-def test_the_mean_answer_over_versions_that_the_student_never_sees(config):
-    values = config("teacher.cache.average_versions=3")
+def test_the_mean_answer_over_versions_that_the_student_never_sees(distill):
+    values = distill("teacher.cache.average_versions=3")
     found, task, data = find_teachers(values), build_task(values), build_data(values)
     cache = find_cache(values, found.teachers, data, task)
     assert cache.versions == 1
@@ -90,7 +62,7 @@ def test_the_mean_answer_over_versions_that_the_student_never_sees(config):
     assert not torch.equal(shown[0], shown[1])
     want = torch.stack([found.teachers[0](each).logits for each in shown]).mean(0)
     torch.testing.assert_close(cache.read(index, epoch=5), want, atol=1e-2, rtol=1e-2)
-    plainly = find_cache(config("teacher.cache.average_versions=null"), found.teachers, build_data(values), task)
+    plainly = find_cache(distill("teacher.cache.average_versions=null"), found.teachers, build_data(values), task)
     assert plainly.folder != cache.folder
 
 
@@ -101,9 +73,9 @@ def test_the_mean_answer_over_versions_that_the_student_never_sees(config):
         (["teacher.cache.data={augment: null}"], "the teacher's data have no versions", 1),
     ],
 )
-def test_without_versions_to_average_each_sample_has_its_answer(config, words, what, versions, caplog, monkeypatch):
+def test_without_versions_to_average_each_sample_has_its_answer(distill, words, what, versions, caplog, monkeypatch):
     monkeypatch.setattr(answers.log, "propagate", True)
-    values = config("teacher.cache.average_versions=2", *words)
+    values = distill("teacher.cache.average_versions=2", *words)
     found, data = find_teachers(values), build_data(values)
     cache = find_cache(values, found.teachers, data, build_task(values))
     assert what in caplog.text
@@ -113,9 +85,9 @@ def test_without_versions_to_average_each_sample_has_its_answer(config, words, w
     torch.testing.assert_close(cache.read(batch[2], epoch=0), want, atol=1e-2, rtol=1e-2)
 
 
-def test_versions_of_other_samples_are_refused(config):
+def test_versions_of_other_samples_are_refused(distill):
     other = "{val_fraction: 0.3, augment: {_target_: lightning_opt.data.RandomNoise, std: 1}}"
-    values = config("teacher.cache.average_versions=2", f"teacher.cache.data={other}")
+    values = distill("teacher.cache.average_versions=2", f"teacher.cache.data={other}")
     found = find_teachers(values)
     with pytest.raises(ConfigError, match="training samples"):
         find_cache(values, found.teachers, build_data(values), build_task(values))

@@ -1,9 +1,7 @@
 """OpenVINO with NNCF: Intel's own post-training quantization, as a second opinion."""
 
-import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +10,7 @@ from torch import nn
 
 from lightning_opt.evaluation.size import bytes_on_disk
 from lightning_opt.export.files import publish, storing
-from lightning_opt.export.openvino import OpenVinoRunner, write_openvino
+from lightning_opt.export.openvino import OpenVinoRunner, no_usage_data, write_openvino
 from lightning_opt.export.program import export_program, quiet, tensors_of
 from lightning_opt.forward import Inputs, batch_size_of
 from lightning_opt.quantization.backends.base import Kind, QuantizedModel, refusals, require, understood
@@ -64,7 +62,7 @@ class Nncf:
         path = folder / "model.xml"
         with storing(path), tempfile.TemporaryDirectory(dir=folder, prefix=".nncf-") as scratch:
             source = write_openvino(export_program(model, example_inputs), Path(scratch) / "float.xml")
-            with quiet(), _in_private(), refusals(self.name, model):
+            with quiet(), no_usage_data("NNCF_CI"), refusals(self.name, model):
                 _write(source, Path(scratch) / path.name, kind, scheme.weight, batches, is_transformer)
             for part in (path.with_suffix(".bin"), path):  # the weights first: the .xml is what is opened
                 publish(Path(scratch) / part.name, part)
@@ -111,18 +109,3 @@ def _weight_options(nncf: Any, weight: Grid | None) -> dict[str, Any]:
         "ratio": 1.0,
         "all_layers": True,
     }
-
-
-@contextmanager
-def _in_private() -> Iterator[None]:
-    """Keep NNCF and OpenVINO from sending usage data: they leave that out where they believe to be tested."""
-    names = ("CI", "NNCF_CI")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "true"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
