@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lightning_opt.testing.models import ModelCheck, check_model
     from lightning_opt.testing.prune import check_pruner
     from lightning_opt.testing.quantize import check_observer, check_quantizer
+    from lightning_opt.testing.ranks import on_ranks
     from lightning_opt.testing.resume import Fit, check_resume, compare_checkpoints
 
 _HOME = {
@@ -20,6 +21,7 @@ _HOME = {
     "check_quantizer": "quantize",
     "check_resume": "resume",
     "compare_checkpoints": "resume",
+    "on_ranks": "ranks",
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "check_quantizer",
     "check_resume",
     "compare_checkpoints",
+    "on_ranks",
 ]
 
 
