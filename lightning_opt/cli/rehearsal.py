@@ -1,6 +1,6 @@
 """Build everything once before anything is created, so that a class's own refusal comes before a folder exists.
 
-What needs no Lightning is built first: importing it takes longer than all the rest of a refusal.
+What needs no Lightning and no torchmetrics is built first: importing them takes longer than all the rest of a refusal.
 """
 
 from pathlib import Path
@@ -34,9 +34,8 @@ def rehearse(config: Config) -> None:
     node = config.get("teacher")
     parts = build_parts(config, with_loss=bool(node))
     teachers = [_teacher(node)] if node else []
-    task = build_task(config)
     _try_optimizer(parts)
-    _rehearse_fit(config, parts, task, teachers)
+    _rehearse_fit(config, parts, build_task(config), teachers)
 
 
 def _rehearse_fit(config: Config, parts: Parts, task: "Task", teachers: list[Teacher]) -> None:
