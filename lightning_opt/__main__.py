@@ -8,7 +8,8 @@ _COMMANDS = {
     "evaluate": "judge a finished run again, from its folder alone",
     "benchmark": "measure a finished run's models side by side",
     "export": "write a finished run's model for other engines",
-    "report": "render one run's report, or compare several",
+    "report": "render one run's report, compare several, or show a sweep",
+    "consolidate": "write a sharded checkpoint as one ordinary file",
 }
 
 
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print("usage: lightning-opt COMMAND [key=value ...]\n\ncommands:")
-        print("\n".join(f"  {name:10} {does}" for name, does in _COMMANDS.items()))
+        print("\n".join(f"  {name:11} {does}" for name, does in _COMMANDS.items()))
         print("\nlightning-opt COMMAND --help says more.")
         return 0 if words else 2
     if words[0] not in _COMMANDS:

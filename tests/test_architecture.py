@@ -99,9 +99,8 @@ def test_every_room_ships_in_the_wheel():
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     rooms = {f"lightning_opt.{path.parent.relative_to(PACKAGE).as_posix().replace('/', '.')}" for path in FILES}
     rooms = {name.removesuffix("..").removesuffix(".") for name in rooms}
-    assert {"lightning_opt" if name == "lightning_opt" else name for name in rooms} | {"lightning_opt.conf"} == set(
-        setup["packages"]
-    )
+    beside = {"lightning_opt.conf", "hydra_plugins.lightning_opt_sweeper"}
+    assert rooms | beside == set(setup["packages"])
 
 
 @pytest.mark.parametrize("name", ["lightning_opt", "lightning_opt.config.checks", "lightning_opt.cli.train"])

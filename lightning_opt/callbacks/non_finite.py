@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_opt.callbacks.shards import is_spread
 from lightning_opt.errors import NonFiniteError
+from lightning_opt.pruning.parts import sum_over_ranks
 
 Policy = Literal["stop", "skip", "rollback"]
 
@@ -91,7 +93,7 @@ class NonFiniteGuard(pl.Callback):
         if trainer.world_size > 1 and self.policy != "stop":
             loss = None
         gradients = [] if _scales_gradients(trainer) else _gradients(optimizer)
-        if not is_bad(gradients, loss):
+        if not is_bad(gradients, loss, together=is_spread(trainer.strategy)):
             self._in_a_row = 0
             return
         self._decide(trainer.global_step, what=_culprit(pl_module, loss))
@@ -124,15 +126,22 @@ class NonFiniteGuard(pl.Callback):
             self.rollbacks, self._roll_back = self.rollbacks + 1, True
 
 
-def is_bad(gradients: list[Tensor], loss: Tensor | None = None) -> bool:
-    """Whether a NaN or an infinity is in any of the gradients or the loss: one reduction, one value read back."""
+def is_bad(gradients: list[Tensor], loss: Tensor | None = None, *, together: bool = False) -> bool:
+    """Whether a NaN or an infinity is in any of the gradients or the loss: one reduction, one value read back.
+
+    Args:
+        gradients: Of `DTensor`s, the parts here are looked at.
+        loss: The loss.
+        together: Whether each process sees a part of the gradients: all must ask, and get the same answer.
+    """
     tensors = [getattr(g, "_local_tensor", g) for g in gradients]
-    sharded = any(tensor is not g for tensor, g in zip(tensors, gradients, strict=True))
     tensors += [loss] if loss is not None else []
-    if not tensors or not _anywhere(~finite_norms(tensors), sharded=sharded):
+    bad = ~finite_norms(tensors) if tensors else torch.zeros(1, dtype=torch.bool)
+    if not _anywhere(bad, together=together):
         return False
     # the norm of very large but finite values may overflow: only then is each value looked at
-    return _anywhere(torch.stack([~torch.isfinite(t).all().cpu() for t in tensors]), sharded=sharded)
+    each = [~torch.isfinite(t).all().cpu() for t in tensors]
+    return _anywhere(torch.stack(each or [torch.zeros((), dtype=torch.bool)]), together=together)
 
 
 def finite_norms(tensors: list[Tensor]) -> Tensor:
@@ -143,12 +152,10 @@ def finite_norms(tensors: list[Tensor]) -> Tensor:
     return torch.isfinite(torch.stack(norms))
 
 
-def _anywhere(bad: Tensor, *, sharded: bool) -> bool:
+def _anywhere(bad: Tensor, *, together: bool) -> bool:
     found = bad.any()
-    if sharded:  # each rank sees its shards only, and all must take the same way
-        count = found.float()
-        torch.distributed.all_reduce(count)
-        found = count > 0
+    if together:  # each process sees its parts only, and all must take the same way
+        found = sum_over_ranks(found.float()) > 0
     return bool(found)
 
 
@@ -196,4 +203,4 @@ def _culprit(pl_module: "pl.LightningModule", loss: Tensor | None) -> str:
         gradient = parameter.grad
         if gradient is not None and is_bad([gradient._values() if gradient.is_sparse else gradient]):
             return f"the gradient of {name}"
-    return "a gradient"
+    return "a gradient"  # whose part is another process's

@@ -22,6 +22,8 @@ from lightning_opt.callbacks.prune_plan import Plan
 from lightning_opt.callbacks.prune_run import Pruning
 from lightning_opt.callbacks.prune_target import refuse_optimizers, refuse_strategy, taps_of
 from lightning_opt.callbacks.prune_timeline import Timeline
+from lightning_opt.callbacks.shards import is_spread, settle_shards
+from lightning_opt.callbacks.support import check_pair
 from lightning_opt.checkpointing.recipe import install
 from lightning_opt.forward import Inputs
 from lightning_opt.pruning.allocation import Allocation
@@ -46,8 +48,10 @@ class Prune(ModelChange):
     recipe of what was removed; all plain tensors, numbers and text. A run that is stopped anywhere and resumed ends
     bit-equal. Names in the state dict never change.
 
-    Strategies: one device and ddp, where the first process decides for all. Sharded strategies are refused; so are, for
-    structures, processes that are forked or spawned from one that keeps the dense model.
+    Strategies: one device; ddp, where the first process decides for all; fsdp2, with the masks that one process would
+    choose, whatever the shards; tensor parallelism and pipelines for single weights and criteria that do not read the
+    inputs of layers. The rest is refused by name (`callbacks.support`), as are, for structures, processes that are
+    forked or spawned from one that keeps the dense model.
 
     To choose the sparsity in another way, override `decide`.
 
@@ -171,6 +175,7 @@ class Prune(ModelChange):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         refuse_strategy(trainer, shrinks=self.what.can_shrink)
+        check_pair(trainer.strategy, self)
         install(pl_module)
         self._root_name, root = find_root(pl_module, self.module)
         if stage == "fit":
@@ -184,6 +189,10 @@ class Prune(ModelChange):
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self._plan is not None
+        spread = is_spread(trainer.strategy)
+        if spread:
+            settle_shards(pl_module)
+        self._plan.bind(trainer, spread=spread)
         if self.what.can_shrink:
             refuse_optimizers(trainer.optimizers)
         loaded, self._loaded = self._loaded, None

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_opt.callbacks.moments import Length, Moment
@@ -20,11 +20,13 @@ from lightning_opt.callbacks.neighbours import (
 from lightning_opt.callbacks.network import example_of, find_root
 from lightning_opt.callbacks.prune import Prune
 from lightning_opt.callbacks.prune_run import count
-from lightning_opt.callbacks.prune_structures import first_decides, unwrapped
+from lightning_opt.callbacks.prune_structures import first_decides
 from lightning_opt.callbacks.prune_target import refuse_optimizers, refuse_strategy, taps_of
+from lightning_opt.callbacks.shards import unwrapped
+from lightning_opt.callbacks.support import check_pair
 from lightning_opt.checkpointing.recipe import install
 from lightning_opt.errors import ConfigError
-from lightning_opt.forward import Inputs
+from lightning_opt.forward import Inputs, map_inputs
 from lightning_opt.pruning.depth import Position, drop_by_angular_distance, find_stack
 from lightning_opt.surgery import Recipe, apply_with_optimizers
 
@@ -36,8 +38,8 @@ class PruneDepth(pl.Callback):
 
     Acts: once, in `on_train_batch_end` after the optimizer step `at`. The layers leave the model, the optimizers and
     averages of weights. Until then early stopping is held back and no checkpoint counts as best. Leaves in a
-    checkpoint: whether it is done, and what it did; the recipe is the model's. Strategies: one device and ddp, where
-    the first process decides for all.
+    checkpoint: whether it is done, and what it did; the recipe is the model's. Strategies: one device, ddp and fsdp2,
+    where the first process decides for all.
 
     Args:
         drop: How many layers.
@@ -109,6 +111,7 @@ class PruneDepth(pl.Callback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         refuse_strategy(trainer, shrinks=True)
+        check_pair(trainer.strategy, self)
         install(pl_module)
         _, self._root = find_root(pl_module, self.module)
         if stage != "fit":
@@ -165,8 +168,8 @@ class PruneDepth(pl.Callback):
             return
         assert self._root is not None
         before = count(self._root)
-        recipe = self._choose(trainer, pl_module, self._root)
         with unwrapped(trainer):
+            recipe = self._choose(trainer, pl_module, self._root)
             for edit in recipe:
                 apply_with_optimizers(self._root, edit, trainer.optimizers, also=averages(trainer))
         self._done = {"step": trainer.global_step, "before": before, "after": count(self._root)}
@@ -176,7 +179,9 @@ class PruneDepth(pl.Callback):
         save_soon(trainer)
 
     def _choose(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", root: nn.Module) -> Recipe:
-        inputs = example_of(trainer, pl_module, self.example_inputs, samples=self.samples)
+        found = example_of(trainer, pl_module, self.example_inputs, samples=self.samples)
+        device = next(root.parameters()).device  # the host, where a strategy has put shards together
+        inputs: Inputs = map_inputs(found, lambda value: value.to(device) if isinstance(value, Tensor) else value)
         try:
             recipe = drop_by_angular_distance(root, [inputs], drop=self.drop, path=self.path, position=self.position)
         except ValueError as error:

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_opt.pruning.masks import Masks
+from lightning_opt.pruning.parts import Layout
 from lightning_opt.pruning.statistics import Statistics
 from lightning_opt.surgery import Edit
 
@@ -19,12 +20,22 @@ class Plan(Protocol):
         parameters: What masks cover, by name.
         statistics: What the choice reads besides weights.
         total: Parameters of which a share goes, as there were at the start.
+        layout: Which parts of the parameters this process holds; None: all of them.
     """
 
     root: nn.Module
     parameters: dict[str, nn.Parameter]
     statistics: Statistics
     total: int
+    layout: Layout | None
+
+    def bind(self, trainer: "pl.Trainer", *, spread: bool) -> None:
+        """Take up the parameters that the strategy has put in the place of the network's own.
+
+        Args:
+            trainer: Its strategy is set up.
+            spread: Whether no process has all weights.
+        """
 
     @property
     def needs(self) -> frozenset[str]:

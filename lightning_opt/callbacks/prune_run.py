@@ -14,13 +14,15 @@ from lightning_opt.callbacks.neighbours import mask_averages
 from lightning_opt.callbacks.non_finite import NonFiniteGuard, is_bad
 from lightning_opt.callbacks.prune_plan import Plan
 from lightning_opt.callbacks.prune_timeline import Timeline
+from lightning_opt.callbacks.shards import is_spread
 from lightning_opt.checkpointing.rng import gather
 from lightning_opt.errors import ConfigError
 from lightning_opt.pruning.criteria.slimming import add_sparsity_gradient, batch_norm_scales
 from lightning_opt.pruning.masks import Masks
-from lightning_opt.pruning.rewind import Rewind
+from lightning_opt.pruning.parts import Layout
+from lightning_opt.pruning.rewind import Rewind, tensors_of
 from lightning_opt.pruning.schedules import Schedule
-from lightning_opt.pruning.statistics import Statistics
+from lightning_opt.pruning.statistics import Statistics, only_weight_shaped
 from lightning_opt.surgery import Edit
 from lightning_opt.surgery.shrink import Shrink, cut
 
@@ -56,7 +58,8 @@ class Pruning:
     ) -> None:
         self.trainer, self.root_name, self.plan, self.timeline = trainer, root_name, plan, timeline
         self.observe_steps, self.schedule = observe_steps, schedule
-        self.masks, self.rewind = Masks(plan.parameters), Rewind()
+        self._spread = is_spread(trainer.strategy)
+        self.masks, self.rewind = Masks(plan.parameters, plan.layout), self._make_rewind()
         self.fraction, self.updates = 0.0, 0
         if timeline.start == 0 and plan.needs and schedule.at(timeline.progress(0)) > 0.0:
             raise ConfigError(
@@ -155,12 +158,35 @@ class Pruning:
     def follow(self, edit: Edit) -> None:
         """Take up the shapes of a network from which another pruner has removed structures."""
         self.detach()
-        if isinstance(edit, Shrink):
-            self.masks.cut(edit)
-            saved = self.rewind.saved
-            self.rewind.saved = {n: cut(t, edit.kept[n]) if n in edit.kept else t for n, t in saved.items()}
-        self.plan.follow(edit)
+        if self._spread:
+            self._follow_whole(edit)
+        else:
+            if isinstance(edit, Shrink):
+                self.masks.cut(edit)
+                saved = self.rewind.saved
+                self.rewind.saved = {n: cut(t, edit.kept[n]) if n in edit.kept else t for n, t in saved.items()}
+            self.plan.follow(edit)
         self.attach()
+
+    def _follow_whole(self, edit: Edit) -> None:
+        """Cut whole masks and saved values; parts of the new shapes begin and end elsewhere."""
+        layout = self.plan.layout
+        whole = {name: self.masks.whole(name) for name in layout or ()}
+        saved = self.rewind.state_dict()["saved"]
+        self.plan.follow(edit)
+        if isinstance(edit, Shrink):
+            whole = {n: cut(t, edit.kept[n]) if n in edit.kept else t for n, t in whole.items()}
+            saved = {n: cut(t, edit.kept[n]) if n in edit.kept else t for n, t in saved.items()}
+        layout = self.plan.layout
+        self.masks, self.rewind = Masks(self.plan.parameters, layout), self._make_rewind()
+        if layout is not None:
+            self.masks.update({name: layout.part(name, mask) for name, mask in whole.items() if name in layout.held})
+        self.rewind.load_state_dict({"saved": saved})
+
+    def _make_rewind(self) -> Rewind:
+        if not self._spread or not self.schedule.rewind_points:
+            return Rewind()
+        return Rewind(Layout.of(tensors_of(self.plan.root)))
 
     def measures(self) -> dict[str, float]:
         """Return what is logged."""
@@ -209,7 +235,8 @@ class Pruning:
             self._retire()
         else:
             self.plan.refresh()
-            self.masks = Masks(self.plan.parameters)
+            self.masks = Masks(self.plan.parameters, self.plan.layout)
+            self.rewind = self._make_rewind()
         self._is_shrunk, self._shrunk_to = state["is_shrunk"], state["shrunk_to"]
         self.step, self._last_update = state["step"], state["last_update"]
         self.fraction, self.updates = state["fraction"], state["updates"]
@@ -218,11 +245,13 @@ class Pruning:
         self.rewind.load_state_dict(state["rewind"])
         ranks = state["statistics"]
         if len(ranks) == self.trainer.world_size:
-            self.plan.statistics.load_state_dict(ranks[self.trainer.global_rank])
+            self.plan.statistics.load_state_dict(_with_shared(ranks[self.trainer.global_rank], ranks[0]))
         elif ranks:
+            self.plan.statistics.load_state_dict(only_weight_shaped(ranks[0]))
             rank_zero_warn(
                 f"The checkpoint holds what {len(ranks)} processes had observed and is resumed by "
-                f"{self.trainer.world_size}: pruning observes anew, so the run is correct but not the uninterrupted one"
+                f"{self.trainer.world_size}: pruning observes inputs anew, so the run is correct but not the "
+                "uninterrupted one"
             )
 
     def _gather_if_due(self) -> None:
@@ -244,7 +273,8 @@ class Pruning:
         """Whether a loss scaler is going to take this step."""
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             return True  # what else is not finite is the guard's business
-        return not is_bad([p.grad for p in self.plan.parameters.values() if p.grad is not None])
+        found = [p.grad for p in self.plan.parameters.values() if p.grad is not None]
+        return not is_bad(found, together=self._spread)
 
     def _count_rollbacks(self) -> int:
         return sum(guard.rollbacks for guard in self._guards)
@@ -291,6 +321,11 @@ class Pruning:
         if any(past < point <= now for point in self.schedule.rewind_points):
             self.rewind.restore(self.plan.root, self.trainer.optimizers)
             self.masks.apply()
+
+
+def _with_shared(own: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """Add to one process's sums those that only the first one has saved for all of them."""
+    return own | {"sums": only_weight_shaped(first)["sums"] | own["sums"]}
 
 
 def install(statistics: Statistics, *, eagerly: bool) -> None:

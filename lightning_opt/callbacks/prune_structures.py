@@ -1,23 +1,25 @@
 """Which channels, heads and hidden units a pruner masks, and how they leave the model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_opt.callbacks.neighbours import averages
 from lightning_opt.callbacks.prune_target import check_names, matches
+from lightning_opt.callbacks.shards import unwrapped, whole_weights
 from lightning_opt.errors import ConfigError
 from lightning_opt.evaluation.state import uncompiled
 from lightning_opt.forward import Inputs, map_inputs
 from lightning_opt.modules.taps import match_modules
 from lightning_opt.pruning.criteria import Criterion, GroupCriterion, Magnitude
+from lightning_opt.pruning.criteria.base import Evidence
 from lightning_opt.pruning.masks import Masks
+from lightning_opt.pruning.parts import Layout
 from lightning_opt.pruning.statistics import Statistics
 from lightning_opt.pruning.structure import Group, trace
 from lightning_opt.pruning.structured import Of, Sizes, Structures, choose, score
@@ -67,6 +69,8 @@ class StructurePlan:
         self.total = sum(parameter.numel() for parameter in root.parameters())
         self.kept: dict[str, list[int]] = {}
         self._fraction = 0.0
+        self.layout: Layout | None = None
+        self._trainer: pl.Trainer | None = None
         self._look()
         self._try()
 
@@ -94,6 +98,16 @@ class StructurePlan:
         members = {m.tensor for group in self.groups for m in group.members if m.is_parameter}
         self.parameters = {name: p for name, p in self.root.named_parameters() if name in members}
         self.statistics = Statistics.of(self.root, self.parameters, self.criterion)
+
+    def bind(self, trainer: "pl.Trainer", *, spread: bool) -> None:
+        """Take up the parameters that the strategy has put in the place of the network's own."""
+        self._trainer = trainer if spread else None
+        if not spread:
+            return
+        named = dict(self.root.named_parameters())
+        self.parameters = {name: named[name] for name in self.parameters}
+        self.layout = Layout.of(self.parameters)
+        self.statistics = Statistics.of(self.root, self.parameters, self.criterion, layout=self.layout)
 
     def _is_meant(self, group: Group) -> bool:
         names = _names_of(group)
@@ -125,12 +139,22 @@ class StructurePlan:
     @torch.no_grad()
     def choose(self, fraction: float) -> dict[str, Tensor]:
         """Return the bool masks at a fraction of the final sparsity; the first process decides for all."""
-        scores = score(self.structure, self.groups, self.root, self.criterion, self.statistics, seed=self.seed)
-        kept = self._choose(scores, fraction * self.sparsity)
+        with self._whole_weights():
+            kept = self._choose(self._scores(), fraction * self.sparsity)
         self.kept, self._fraction = first_decides(kept), fraction
         found = self.structure.masks(self.kept)
         every = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in self.parameters.items()}
-        return {name: found.get(name, mask) for name, mask in every.items()}
+        masks = {name: found.get(name, mask) for name, mask in every.items()}
+        if self.layout is None:
+            return masks
+        return {name: self.layout.part(name, mask) for name, mask in masks.items()}
+
+    def _scores(self) -> dict[str, Tensor]:
+        statistics = self.statistics if self.layout is None else _WholeEvidence(self.statistics)
+        return score(self.structure, self.groups, self.root, self.criterion, statistics, seed=self.seed)
+
+    def _whole_weights(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._trainer is None else whole_weights(self._trainer.lightning_module)
 
     def exchange(self, masks: Masks, *, progress: float, update: int) -> dict[str, Tensor] | None:
         """Exchange nothing: a structure whose weights are all zero gets no gradient."""
@@ -151,19 +175,29 @@ class StructurePlan:
 
     def retire(self) -> None:
         """Mask nothing more: what was masked is gone."""
-        self.parameters, self.kept = {}, {}
+        self.parameters, self.kept, self.layout = {}, {}, None
         self.statistics = Statistics(self.root, (), ())
 
     def refresh(self) -> None:
         """Trace anew if the network has changed since: a checkpoint's recipe was replayed."""
         if len(recipe_of(self.root)) != self._edits:
-            self._look()
+            self._look_again()
 
     def follow(self, edit: Edit) -> None:
         """Take up the new shapes after another pruner has removed structures."""
-        self._look()
+        self._look_again()
         if self.kept:
             self.choose(self._fraction)
+
+    def _look_again(self) -> None:
+        """Trace the network in the middle of a training: for that it has to be whole."""
+        trainer = self._trainer
+        if trainer is None:
+            self._look()
+            return
+        with unwrapped(trainer):
+            self._look()
+        self.bind(trainer, spread=True)
 
     def remaining(self, masks: Masks) -> int:
         """Return how many parameters of the network are neither gone nor masked."""
@@ -180,6 +214,20 @@ class StructurePlan:
         """Go on from `state_dict()`."""
         self.kept = {name: units.tolist() for name, units in state["kept"].items()}
         self._fraction, self.total = state["fraction"], state["total"]
+
+
+class _WholeEvidence(Statistics):
+    """What is known about whole weights of which each process holds a part; all processes ask for the same."""
+
+    def __init__(self, parts: Statistics) -> None:
+        self.names, self._parts = parts.names, parts
+
+    def evidence(self, name: str, seed: int = 0) -> Evidence:
+        """Return what is known about one whole weight."""
+        layout = self._parts.layout
+        assert layout is not None
+        found = self._parts.evidence(name, seed)
+        return found.with_weight_shaped(lambda value: layout.whole(name, value, dtype=torch.float32))
 
 
 def first_decides(value: Any) -> Any:
@@ -200,18 +248,6 @@ def _like(parameter: Tensor, value: Any) -> Any:
 
 def _names_of(group: Group) -> list[str]:
     return [group.name, *(member.tensor for member in group.members)]
-
-
-@contextmanager
-def unwrapped(trainer: "pl.Trainer") -> Iterator[None]:
-    """Take DDP's wrapper away, whose buckets have the old shapes, and make a new one afterwards."""
-    strategy: Any = trainer.strategy
-    wrapped = isinstance(strategy.model, DistributedDataParallel)
-    if wrapped:
-        strategy.model = strategy.model.module
-    yield
-    if wrapped:
-        strategy.configure_ddp()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
@@ -24,7 +24,7 @@ _LOOKUP_TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def refuse_strategy(trainer: "pl.Trainer", *, shrinks: bool) -> None:
-    """Refuse strategies that hold a part of each weight on each device.
+    """Refuse strategies that are not known to leave weights where a pruner finds them.
 
     Args:
         trainer: Has the strategy.
@@ -35,10 +35,11 @@ def refuse_strategy(trainer: "pl.Trainer", *, shrinks: bool) -> None:
         ConfigError: Naming the strategy.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+    if not known or isinstance(strategy, DeepSpeedStrategy):
         raise ConfigError(
-            f"strategy={type(strategy).__name__}: pruning needs whole weights on each device; use strategy=ddp or one "
-            "device"
+            f"strategy={type(strategy).__name__}: pruning cannot find the weights that it holds; use strategy=fsdp2, "
+            "strategy=ddp or one device"
         )
     if shrinks and isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise ConfigError(

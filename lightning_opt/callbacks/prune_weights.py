@@ -14,6 +14,8 @@ from lightning_opt.pruning.criteria import Criterion
 from lightning_opt.pruning.inputs import EmbeddingReader, reader_for
 from lightning_opt.pruning.masks import Masks
 from lightning_opt.pruning.oneshot import prune_weight
+from lightning_opt.pruning.parts import Layout
+from lightning_opt.pruning.parts_choice import SpreadChoice
 from lightning_opt.pruning.patterns import Pattern, inputs_first
 from lightning_opt.pruning.regrow import Regrow
 from lightning_opt.pruning.selection import select
@@ -63,6 +65,9 @@ class WeightPlan:
         self.parameters = choose_weights(root, pattern=pattern, include=include, exclude=exclude)
         self.total = sum(weight.numel() for weight in self.parameters.values())
         self._turned = inputs_first(root).intersection(self.parameters)
+        self._names = tuple(self.parameters)
+        self.layout: Layout | None = None
+        self._trainer: pl.Trainer | None = None
         self._observe()
         self._try()
 
@@ -71,11 +76,22 @@ class WeightPlan:
         """Name the evidence that `choose` reads."""
         return (self.solver or self.criterion).needs
 
+    def bind(self, trainer: "pl.Trainer", *, spread: bool) -> None:
+        """Take up the parameters that the strategy has put in the place of the network's own."""
+        self._trainer = trainer if spread else None
+        if not spread:
+            return
+        named = dict(self.root.named_parameters())
+        self.parameters = {name: named[name] for name in self._names if name in named}
+        self.layout = Layout.of(self.parameters, order=self._names)
+        self._observe()
+
     def _observe(self) -> None:
-        self.statistics = Statistics.of(self.root, self.parameters, self.criterion)
+        self.statistics = Statistics.of(self.root, self.parameters, self.criterion, layout=self.layout)
         needs = self.needs | (self.regrow.needs if self.regrow is not None else frozenset())
         if needs != self.statistics.needs:
-            self.statistics = Statistics(self.root, self.parameters, needs, pull=self.statistics.pull)
+            pull = self.statistics.pull
+            self.statistics = Statistics(self.root, self.parameters, needs, pull=pull, layout=self.layout)
 
     def _try(self) -> None:
         """Refuse before training what could not be done at its end."""
@@ -101,6 +117,8 @@ class WeightPlan:
 
         Every process must call it at the same time: the first one's choice counts.
         """
+        if self.layout is not None:
+            return self._parts(self.layout).choose(fraction)
         if self.solver is not None and fraction > 0.0:
             return self._solve(fraction)
         scores = {
@@ -123,6 +141,8 @@ class WeightPlan:
         """Return masks of the same sparsity in which some weights have changed places; None without a `regrow`."""
         if self.regrow is None:
             return None
+        if self.layout is not None:
+            return self._parts(self.layout).exchange(masks, progress=progress, seed=self.seed + update)
         gradients = {name: self.statistics.evidence(name).gradient for name in self.parameters}
         new = self.regrow.swap(
             masks.as_dict(),
@@ -145,6 +165,21 @@ class WeightPlan:
             weight.copy_(agree({name: new})[name])
         return agree(masks)
 
+    def _parts(self, layout: Layout) -> SpreadChoice:
+        return SpreadChoice(
+            self.parameters,
+            layout,
+            self.statistics,
+            pattern=self.pattern,
+            criterion=self.criterion,
+            allocation=self.allocation,
+            sparsity=self.sparsity,
+            regrow=self.regrow,
+            solver=self.solver,
+            inputs_first=self._turned,
+            seed=self.seed,
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed choice depends on, besides statistics and masks: nothing."""
         return {}
@@ -154,7 +189,9 @@ class WeightPlan:
 
     def follow(self, edit: Edit) -> None:
         """Take up the new shapes after another pruner has removed structures; what gradients told goes on."""
-        told = self.statistics.state_dict()
+        told = self.statistics.state_dict(everywhere=True)
+        if self._trainer is not None:
+            self.bind(self._trainer, spread=True)
         self.refresh()
         if isinstance(edit, Shrink):
             sums = {field: tensors for field, tensors in told["sums"].items() if field not in _OF_INPUTS}
@@ -166,7 +203,10 @@ class WeightPlan:
 
     def refresh(self) -> None:
         """Take up the shapes of a network to which a checkpoint's recipe was applied."""
-        self.total = sum(weight.numel() for weight in self.parameters.values())
+        shapes = [weight.shape for weight in self.parameters.values()]
+        if self.layout is not None:
+            shapes = [self.layout[name].shape for name in self.layout]
+        self.total = sum(shape.numel() for shape in shapes)
         self._observe()
 
     def remaining(self, masks: Masks) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_opt.callbacks.shards import is_pipeline
 from lightning_opt.errors import ConfigError
 from lightning_opt.quantization.quantizer import FakeQuantizer
 
@@ -34,6 +35,11 @@ def refuse_strategy(trainer: "pl.Trainer", *, method: str) -> None:
         ConfigError: Naming the strategy.
     """
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    if is_pipeline(strategy):
+        raise ConfigError(
+            "strategy=pipeline: each process has some of the layers, and quantizers are made for all of them; use "
+            "strategy=fsdp2, strategy=ddp or one device"
+        )
     if isinstance(strategy, ModelParallelStrategy):
         if method != "qat":
             raise ConfigError(

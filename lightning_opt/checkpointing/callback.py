@@ -15,11 +15,14 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from lightning_opt.checkpointing import together
 from lightning_opt.checkpointing.boundary import Notify, complete_fit, continue_exactly, epochs_of, is_finished, observe
 from lightning_opt.checkpointing.files import CheckpointDamagedError, keep_a_copy, require_free_space, verify
+from lightning_opt.checkpointing.garbage import collect_garbage
 from lightning_opt.checkpointing.io import DurableCheckpointIO, sweep_stale_temps
 from lightning_opt.checkpointing.loader import ResumableLoader
 from lightning_opt.checkpointing.primitives import tensor_bytes, to_primitives
+from lightning_opt.checkpointing.sharded_strategy import ShardedCheckpointing
 from lightning_opt.checkpointing.signals import SignalFlag
 from lightning_opt.errors import ConfigError, NonFiniteError
 
@@ -35,7 +38,7 @@ class SaveCheckpoints(Checkpoint):
     ends with a `SIGTERMException` (exit code 143; none if the signal came in its last step). Nothing is written once
     a `NonFiniteGuard` has tripped or a parameter is not finite. Nothing counts as best while a callback with
     `is_settled` says that it will still change the model. Leaves in a checkpoint: the best value and step, and
-    why the fit was to stop. Strategies: all that write one file; every rank must have this callback.
+    why the fit was to stop. Strategies: all; every rank must have this callback.
 
     Args:
         dirpath: Folder of the checkpoints.
@@ -289,12 +292,13 @@ class SaveCheckpoints(Checkpoint):
     def _check_before_first_step(self, trainer: "pl.Trainer") -> None:
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(False)
         to_primitives(checkpoint)
-        if not trainer.is_global_zero:
-            return
+        needed_bytes = 2 * _bytes_of(trainer, checkpoint)
+        together.agree(lambda: self._make_room(needed_bytes) if trainer.is_global_zero else None)
+
+    def _make_room(self, needed_bytes: int) -> None:
         sweep_stale_temps(self.dirpath)
-        trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
-        moments = 0 if trainer.global_step else 2 * tensor_bytes(trained)
-        require_free_space(self.dirpath, needed_bytes=2 * (tensor_bytes(checkpoint) + moments))
+        collect_garbage(self.dirpath)
+        require_free_space(self.dirpath, needed_bytes=needed_bytes)
 
     def _asked_to_stop(self, trainer: "pl.Trainer", *, now: bool = False) -> bool:
         if trainer.world_size == 1:
@@ -317,6 +321,15 @@ class SaveCheckpoints(Checkpoint):
     def _existing(self, name: str) -> str:
         path = self.dirpath / name
         return str(path) if path.exists() else ""
+
+
+def _bytes_of(trainer: "pl.Trainer", checkpoint: dict[str, Any]) -> int:
+    """Return the size of a checkpoint once the optimizer has its moments; all ranks call it."""
+    trained = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
+    moments = 0 if trainer.global_step else 2 * tensor_bytes(trained)
+    if isinstance(trainer.strategy, ShardedCheckpointing):
+        return trainer.strategy.checkpoint_bytes(checkpoint) + sum(together.gather(moments))
+    return tensor_bytes(checkpoint) + moments
 
 
 def older_name(age: int) -> str:

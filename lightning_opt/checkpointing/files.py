@@ -17,16 +17,37 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.errors import NoCheckpointError, StorageError
+from lightning_opt.checkpointing.digest import CheckpointDamagedError, sha256_of
+from lightning_opt.checkpointing.index import is_index, read_index, verify_shards
+from lightning_opt.errors import StorageError
+
+__all__ = [
+    "CheckpointDamagedError",
+    "Entry",
+    "HashingSink",
+    "Manifest",
+    "entry_in_place",
+    "free_bytes",
+    "fsync_folder",
+    "keep_a_copy",
+    "manifest_path",
+    "publish",
+    "read_manifest",
+    "remove",
+    "require_free_space",
+    "sha256_of",
+    "storage_errors",
+    "sweep_stale_temps",
+    "verify",
+    "verify_file",
+    "write_durably",
+    "write_manifest",
+]
 
 MANIFEST_VERSION = 1
 _TEMP = re.compile(r"^\.(?P<name>.+)\.tmp\.(?P<pid>\d+)\.[0-9a-f]+$")
 _CHUNK_BYTES = 1 << 20
 _active_temps: set[str] = set()
-
-
-class CheckpointDamagedError(NoCheckpointError):
-    """A checkpoint is missing, incomplete or not what its manifest says (exit 3)."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +168,8 @@ def keep_a_copy(path: Path, *, as_path: Path) -> None:
     entry = entry_in_place(path)
     if entry is None:
         return
+    if is_index(path) and path.parent != as_path.parent:
+        raise ValueError(f"{path} needs the files beside it: its copy must be in the same folder, not {as_path.parent}")
     with _temp_beside(as_path) as temp, storage_errors(as_path):
         try:
             os.link(path, temp)
@@ -167,7 +190,20 @@ def remove(path: Path) -> None:
 
 
 def verify(path: Path) -> Entry:
-    """Check a file against its manifest and return the entry that it matches.
+    """Check a file against its manifest, and all files of a sharded checkpoint; return the entry that it matches.
+
+    Raises:
+        CheckpointDamagedError: Naming the file and the reason.
+        UntrustedInputError: A sharded checkpoint points outside its folder.
+    """
+    entry = verify_file(path)
+    if is_index(path):
+        verify_shards(path, read_index(path))
+    return entry
+
+
+def verify_file(path: Path) -> Entry:
+    """Check one file against its manifest and return the entry that it matches.
 
     Raises:
         CheckpointDamagedError: Naming the file and the reason.
@@ -232,12 +268,6 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
             os.close(descriptor)
         os.replace(temp, place)
     fsync_folder(place.parent)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_free_space(folder: Path, *, needed_bytes: int) -> None:

@@ -25,7 +25,9 @@ from lightning_opt.checkpointing.files import (
     verify,
     write_durably,
 )
+from lightning_opt.checkpointing.garbage import collect_garbage
 from lightning_opt.checkpointing.primitives import to_primitives
+from lightning_opt.checkpointing.sharded import is_index, load_whole
 from lightning_opt.errors import StorageError, UntrustedInputError
 
 __all__ = [
@@ -47,7 +49,8 @@ class DurableCheckpointIO(CheckpointIO):
     The file is written beside its place, flushed to the disk, announced in a manifest (`<name>.json`: size, sha256,
     step, epoch) and renamed. Only what loads with `weights_only=True` is written. Loading checks the manifest first;
     a file without one (from another project) is loaded with a warning, and never with anything but
-    `weights_only=True`. A URL needs its sha256: `https://host/model.ckpt#sha256=<64 hex digits>`.
+    `weights_only=True`. The index of a sharded checkpoint is loaded as the ordinary checkpoint of one process. A URL
+    needs its sha256: `https://host/model.ckpt#sha256=<64 hex digits>`.
 
     Attributes:
         before_publish: Called in each save when the new version is whole on the disk and the old one still in place.
@@ -72,6 +75,7 @@ class DurableCheckpointIO(CheckpointIO):
             epoch=int(plain.get("epoch", 0)),
             before_publish=self.before_publish,
         )
+        collect_garbage(Path(path).parent)  # if what it replaced was written by several processes
 
     def load_checkpoint(
         self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
@@ -92,21 +96,26 @@ class DurableCheckpointIO(CheckpointIO):
             rank_zero_warn(f"{local} has no manifest: it is loaded without a check of its content")
         else:
             verify(local)
+            if is_index(local):
+                return _on(load_whole(local, verified=True), map_location)
         return load_primitives(local, map_location=map_location)
 
     def remove_checkpoint(self, path: _PATH) -> None:
-        """Remove a checkpoint and its manifest."""
+        """Remove a checkpoint, its manifest and what it alone needs."""
         remove(Path(path))
+        collect_garbage(Path(path).parent)
 
 
 def load_primitives(path: Path, *, map_location: Any | None = None) -> Any:
-    """Load a file that must hold nothing but tensors and plain values.
+    """Load a file that must hold nothing but tensors and plain values, or a sharded checkpoint as if it were one.
 
     Raises:
         UntrustedInputError: If loading it would run code.
         CheckpointDamagedError: If it is not a whole file of `torch.save`.
         StorageError: If the disk fails.
     """
+    if is_index(path):
+        return _on(load_whole(path), map_location)
     try:
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -121,6 +130,18 @@ def load_primitives(path: Path, *, map_location: Any | None = None) -> Any:
         raise CheckpointDamagedError(f"{path} is damaged: {_first_reason(error)}") from error
     except (EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointDamagedError(f"{path} is damaged: {_first_reason(error)}") from error
+
+
+def _on(checkpoint: dict[str, Any], map_location: Any | None) -> dict[str, Any]:
+    """Return a checkpoint that was read on the CPU on the devices that `torch.load` would have put it on."""
+    if map_location is None or map_location == "cpu":
+        return checkpoint
+    if not isinstance(map_location, str | torch.device):
+        raise TypeError(f"map_location={map_location!r}: a sharded checkpoint is moved to one device, name it")
+    moved: dict[str, Any] = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda one: one.to(map_location), checkpoint
+    )
+    return moved
 
 
 def _first_reason(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_opt.checkpointing.boundary import Notify, epochs_of, inside_epoch, is_finished, observe
-from lightning_opt.checkpointing.rng import gather
+from lightning_opt.checkpointing.rng import by_rank, of_this_rank
 
 
 class MetricState(pl.Callback):
@@ -42,7 +42,7 @@ class MetricState(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._trainer is None:
             return {}
-        return {"ranks": gather(self._cut or self._snapshot(self._trainer))}
+        return by_rank(self._cut or self._snapshot(self._trainer), trainer=self._trainer)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -93,14 +93,16 @@ class MetricState(pl.Callback):
             _load_epoch_sums(trainer, state["epoch"])
 
     def _take_pending(self, trainer: "pl.Trainer") -> dict[str, Any] | None:
-        ranks, self._pending = (self._pending or {}).get("ranks", []), None
-        if len(ranks) == trainer.world_size:
-            return dict(ranks[trainer.global_rank])
-        if ranks:
-            rank_zero_warn(
-                f"The checkpoint was written by {len(ranks)} processes and is resumed by {trainer.world_size}: "
-                "training metrics of the resumed epoch cover only the rest of it"
-            )
+        state, self._pending = self._pending, None
+        if state is None:
+            return None
+        if (mine := of_this_rank(state, trainer=trainer)) is not None:
+            return dict(mine)
+        rank_zero_warn(
+            f"The checkpoint was written by {len(state['ranks'])} processes and is resumed by {trainer.world_size}"
+            f"{' in another order' if len(state['ranks']) == trainer.world_size else ''}: "
+            "training metrics of the resumed epoch cover only the rest of it"
+        )
         return None
 
 

@@ -44,7 +44,7 @@ def to_primitives(value: Any, *, path: str = "") -> Any:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Return the bytes that the tensors in a checkpoint take, shared ones counted once."""
+    """Return the bytes that the tensors in a checkpoint take on this process, shared ones counted once."""
     seen: dict[int, int] = {}
     _collect_storages(value, seen)
     return sum(seen.values())
@@ -85,7 +85,7 @@ def _convert_sequence(value: Any, *, path: str) -> Any:
 
 def _collect_storages(value: Any, seen: dict[int, int]) -> None:
     if isinstance(value, torch.Tensor):
-        storage = value.untyped_storage()
+        storage = getattr(value, "_local_tensor", value).untyped_storage()  # of a DTensor, what this process holds
         seen[storage.data_ptr()] = storage.nbytes()
     elif isinstance(value, dict):
         for one in value.values():

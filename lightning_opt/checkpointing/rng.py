@@ -11,6 +11,12 @@ from typing_extensions import override
 
 from lightning_opt.checkpointing.boundary import Notify, observe
 from lightning_opt.checkpointing.keys import mix, seed_everything_cheaply
+from lightning_opt.checkpointing.loader import data_ranks
+from lightning_opt.checkpointing.together import gather
+
+__all__ = ["RngState", "by_rank", "gather", "of_this_rank", "rng_state", "set_rng_state"]
+
+_ANOTHER_ORDER = " that share batches in another way"
 
 
 class RngState(pl.Callback):
@@ -24,15 +30,16 @@ class RngState(pl.Callback):
     def __init__(self) -> None:
         self._pending: dict[str, Any] | None = None
         self._device: torch.device | None = None
+        self._trainer: pl.Trainer | None = None
         self._end: Notify | None = None
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._device = trainer.strategy.root_device
+        self._device, self._trainer = trainer.strategy.root_device, trainer
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"ranks": gather(rng_state(self._device))}
+        return by_rank(rng_state(self._device), trainer=self._trainer)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -49,15 +56,34 @@ class RngState(pl.Callback):
         state, self._pending, self._end = self._pending, None, None
         if state is None:
             return
-        ranks, rank, world_size = state["ranks"], trainer.global_rank, trainer.world_size
-        if len(ranks) == world_size:
-            set_rng_state(ranks[rank], device=self._device)
+        if (mine := of_this_rank(state, trainer=trainer)) is not None:
+            set_rng_state(mine, device=self._device)
             return
         rank_zero_warn(
-            f"The checkpoint was written by {len(ranks)} processes and is resumed by {world_size}: the random numbers "
-            "go on from new seeds, so the run is correct but not the uninterrupted one"
+            f"The checkpoint was written by {len(state['ranks'])} processes and is resumed by {trainer.world_size}"
+            f"{_ANOTHER_ORDER if len(state['ranks']) == trainer.world_size else ''}: the random numbers go on from new "
+            "seeds, so the run is correct but not the uninterrupted one"
         )
-        seed_everything_cheaply(mix(torch.initial_seed(), trainer.global_step, rank))
+        # by data rank: processes that share one batch must draw the same numbers
+        seed_everything_cheaply(mix(torch.initial_seed(), trainer.global_step, data_ranks(trainer)[0]))
+
+
+def by_rank(value: Any, *, trainer: "pl.Trainer | None") -> dict[str, Any]:
+    """Return what every rank passed in, and how the ranks share batches if they do; all ranks must call it."""
+    state: dict[str, Any] = {"ranks": gather(value)}
+    said = gather(list(data_ranks(trainer)))
+    if said != [[rank, len(said)] for rank in range(len(said))]:
+        state["data_ranks"] = said
+    return state
+
+
+def of_this_rank(state: dict[str, Any], *, trainer: "pl.Trainer") -> Any:
+    """Return what this rank passed to `by_rank`, or None if the processes now share batches in another way."""
+    ranks, rank = state["ranks"], trainer.global_rank
+    if len(ranks) != trainer.world_size:
+        return None
+    written = state["data_ranks"][rank] if "data_ranks" in state else [rank, len(ranks)]
+    return ranks[rank] if list(written) == list(data_ranks(trainer)) else None
 
 
 def rng_state(device: torch.device | None = None) -> dict[str, Any]:
@@ -83,12 +109,3 @@ def set_rng_state(state: dict[str, Any], *, device: torch.device | None = None) 
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and device is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-def gather(value: Any) -> list[Any]:
-    """Return what every rank passed in, by rank; all ranks must call it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

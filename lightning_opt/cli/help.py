@@ -38,8 +38,10 @@ Measure a finished run's model, and others beside it, interleaved in one process
 
 Write a finished run's model into its artifact folder for other engines; each file is read back and compared.""",
     "report": """usage: lightning-opt report RUN [RUN ...] [out=FOLDER]
+       lightning-opt report SWEEP [max_latency_ms=X] [max_size_bytes=N] [min_quality=X]
 
-Render one run's report.html and report.md again from its folder, or compare several runs.""",
+Render one run's report.html and report.md again from its folder, compare several runs, or show a sweep: its points, its
+Pareto front, the best of them under limits, and the command that gives each again.""",
 }
 
 

@@ -9,17 +9,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lightning_opt.checkpointing import signals
+from lightning_opt.checkpointing.signals import EndNow, exit_code_after
 from lightning_opt.cli import measuring
 from lightning_opt.cli.answers import find_cache
 from lightning_opt.cli.fitting import Fitted, Interrupted, fit
+from lightning_opt.cli.guard import note
 from lightning_opt.cli.log import heard, log, log_to_file, start_logging
 from lightning_opt.cli.precheck import check_before_fits
-from lightning_opt.cli.run_folder import claim, is_finished, save_config
+from lightning_opt.cli.run_folder import alone_in, claim, is_finished, save_config
 from lightning_opt.cli.start import starter
 from lightning_opt.cli.teachers import Found, check_match, find_teachers
-from lightning_opt.config import launch
+from lightning_opt.config import launch, ranks
 from lightning_opt.config.build import Config, build_task
 from lightning_opt.config.build_fit import build_data
+from lightning_opt.config.lightning_launch import adapted, join_restartable_group
 from lightning_opt.config.paths import make_run_dir, open_run_dir
 from lightning_opt.errors import ConfigError
 from lightning_opt.reporting import finish, new_record, read_record, write_record
@@ -43,10 +47,12 @@ def run(config: Config, *, yaml: str, command: Sequence[str], warnings: Sequence
         if is_finished(folder):
             log.info("%s is finished; its report: %s", folder, folder / "report.html")
             return objective(config, read_record(folder))
-        with launch.job(folder), _logged(folder):
+        with _taking_part(folder), _logged(folder):
             for warning in warnings:
                 log.warning("warning: %s", warning)
-            return _recorded(config, folder, command, warnings)
+            result = _recorded(config, folder, command, warnings)
+        ranks.forget(folder)
+        return result
 
 
 def run_as_rank(folder: Path) -> None:
@@ -56,9 +62,35 @@ def run_as_rank(folder: Path) -> None:
         return  # rank 0 says so
     config = json.loads((folder / ".hydra" / "resolved.json").read_text(encoding="utf-8"))
     # Rank 0 says how the run ended; a launcher would take another code of this rank for a crash.
-    with suppress(Interrupted):
-        _fits(config, folder)
-        launch.leave_process_group()
+    with suppress(Interrupted), _taking_part(folder):
+        try:
+            _fits(config, folder)
+        except Interrupted:
+            raise
+        except Exception as error:
+            note(error)
+            raise
+
+
+@contextmanager
+def _taking_part(folder: Path) -> Iterator[None]:
+    """Be a rank of the job of a folder, and leave the process as it was."""
+    ranks.enter(folder, rank=launch.rank(), processes=launch.processes())
+    with launch.job(folder), EndNow(), adapted(folder):
+        yield
+
+
+def prepare(config: Config, *, yaml: str, command: Sequence[str], warnings: Sequence[str] = ()) -> Path:
+    """Make the folder of a job that other processes will run, with its config in it.
+
+    Raises:
+        ConfigError: `run_dir` holds a run of another config.
+    """
+    folder = _folder(config)
+    with alone_in(folder):
+        save_config(folder, config, yaml, command)
+        (folder / ".hydra" / "warnings.json").write_text(json.dumps(list(warnings)), encoding="utf-8")
+    return folder
 
 
 def _folder(config: Config) -> Path:
@@ -66,7 +98,7 @@ def _folder(config: Config) -> Path:
     if config.get("run_dir"):
         return open_run_dir(config["run_dir"])
     launch.check_named(None)
-    return make_run_dir(config["run_root"], config["task_name"])
+    return launch.announced() or make_run_dir(config["run_root"], config["task_name"])
 
 
 def _recorded(config: Config, folder: Path, command: Sequence[str], warnings: Sequence[str]) -> Any:
@@ -77,11 +109,13 @@ def _recorded(config: Config, folder: Path, command: Sequence[str], warnings: Se
             record |= _stages(config, folder)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Interrupted | SystemExit)
+        if not stopped:
+            note(error)
         status = "interrupted" if stopped else "failed"
         _leave(folder, finish(record, status=status, error=None if stopped else f"{type(error).__name__}: {error}"))
         if isinstance(error, Interrupted):
             log.info("%s; the same command with run_dir=%s goes on", error, folder)
-            sys.exit(143)
+            sys.exit(exit_code_after(signals.heard()))
         raise
     record = finish(record)
     write_record(folder, record)
@@ -129,6 +163,7 @@ def _fits(config: Config, folder: Path) -> tuple[dict[str, Fitted], Found]:
     found = find_teachers(config)
     check_match(config, found.teachers, data, task)
     cache = find_cache(config, found.teachers, data, task)
+    join_restartable_group(config)
     changed = bool(config.get("pruner") or config.get("quantizer"))
     fitted = {}
     if config.get("baseline") and (found.teachers or changed):

@@ -15,6 +15,7 @@ _CHATTER = ("lightning.pytorch", "lightning.fabric", "torch.onnx", "onnxscript",
 # True, and of no use to the reader of a run's log.
 _NOISE = (
     "does not have many workers",
+    "The .srun. command is available",
     "smaller than the logging interval",
     "Checkpoint directory .* exists and is not empty",
     "Starting from v1.9.0",

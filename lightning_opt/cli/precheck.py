@@ -1,4 +1,4 @@
-"""Ask the callbacks that change the model whether they can, before time is spent on the dense control."""
+"""Ask what changes or splits the model whether it can, before time is spent on the dense control."""
 
 import math
 from pathlib import Path
@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_opt.callbacks.moments import Length
+from lightning_opt.cli.spread import asks_the_model, check_network
 from lightning_opt.config.build import Config, build_model
 from lightning_opt.config.build_fit import build_trainer, changes_model
 from lightning_opt.tasks import Task
@@ -30,18 +31,21 @@ def check_changes(trainer: pl.Trainer, network: nn.Module, datamodule: pl.Lightn
 
 
 def check_before_fits(config: Config, task: Task, datamodule: pl.LightningDataModule) -> None:
-    """Look at a run's callbacks with its data at hand.
+    """Look at a run's callbacks and its strategy with its data at hand.
 
     Raises:
         ConfigError: Naming the argument and the value.
     """
     trainer, _ = build_trainer(config, Path("never-written"), task)
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if not any(changes_model(callback) for callback in callbacks):
+    if not asks_the_model(trainer) and not any(changes_model(callback) for callback in callbacks):
         return
     datamodule.prepare_data()
     datamodule.setup("fit")
-    check_changes(trainer, build_model(config["model"]), datamodule)
+    network = build_model(config["model"])
+    if hasattr(datamodule, "example_inputs"):
+        check_network(trainer, network, datamodule.example_inputs(2))
+    check_changes(trainer, network, datamodule)
 
 
 def _length(trainer: pl.Trainer, datamodule: pl.LightningDataModule) -> Length | None:

@@ -41,6 +41,7 @@ def rehearse(config: Config) -> None:
 def _rehearse_fit(config: Config, parts: Parts, task: "Task", teachers: list[Teacher]) -> None:
     """Build what Lightning runs."""
     from lightning_opt.cli.precheck import check_changes
+    from lightning_opt.cli.spread import check_spread
     from lightning_opt.config.build_fit import assemble, build_data, build_trainer
 
     start_logging()  # again: Lightning's import has set its loggers to its own taste
@@ -52,7 +53,7 @@ def _rehearse_fit(config: Config, parts: Parts, task: "Task", teachers: list[Tea
     _check_outputs(task, datamodule)
     trainer, _ = build_trainer(config, Path("never-written"), task)
     check_changes(trainer, parts.model)
-    assemble(parts, task, teachers)
+    check_spread(trainer, teachers, assemble(parts, task, teachers))
 
 
 def _teacher(node: Config) -> Teacher:

@@ -16,8 +16,8 @@ from lightning_opt.reporting import read_record
 from lightning_opt.reporting.record import write_durably
 from lightning_opt.reporting.text import redact_words
 
-# Where a run writes does not change what it computes.
-_NOT_THE_RUN = ("run_dir", "run_root")
+# Where a run writes, and who starts its processes, does not change what it computes.
+_NOT_THE_RUN = ("run_dir", "run_root", "launch")
 
 
 @contextmanager
@@ -37,6 +37,15 @@ def claim(folder: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
+        yield
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Write into a run folder that nobody runs yet; commands of several machines that prepare the same take turns."""
+    (folder / ".hydra").mkdir(exist_ok=True)  # by which the others know that this is a run's folder
+    with (folder / ".hydra" / ".prepare").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -78,7 +87,9 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     keys = dict.fromkeys([*dotted(before), *dotted(now)])
     leaves = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     plain_now = json.loads(json.dumps(now, default=str))
-    return [key for key in leaves if key not in _NOT_THE_RUN and _at(before, key) != _at(plain_now, key)]
+    return [
+        key for key in leaves if key.partition(".")[0] not in _NOT_THE_RUN and _at(before, key) != _at(plain_now, key)
+    ]
 
 
 def _at(node: Any, key: str) -> Any:

@@ -167,6 +167,8 @@ def build_teacher(node: Config, model: nn.Module, name: str = "teacher") -> Teac
             dtype=node.get("dtype"),
             compile=bool(node.get("compile")),
             channels_last=bool(node.get("channels_last")),
+            placement=node.get("placement"),
+            ranks=node.get("ranks"),
             name=name,
         )
     except ValueError as error:

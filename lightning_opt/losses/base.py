@@ -6,7 +6,7 @@ data says about it (`Supervision`), and returns one scalar.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -54,9 +54,16 @@ class DistillationLoss(nn.Module):
         needs: Any of "logits", "features", "labels", "index".
         student_taps: Module-name patterns (`fnmatch`) whose outputs the loss reads from the student.
         teacher_taps: The same for the teacher. "NAME:in" reads a module's first input instead of its output.
+        couples_samples: Whether a sample's share depends on the other samples of its batch, so that the loss of a batch
+            is no mean of the losses of its parts. A pipeline, which works part by part, refuses such a loss.
+        averages_over: What the mean is taken over, so that parts of a batch are weighed as the whole would: "samples",
+            "positions" (the True entries of `mask`), "tokens" (those of `token_mask`), "labelled" (positions with a
+            class); "auto": tokens where every feature is `(B, T, D)`, samples for other features, positions for logits.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    couples_samples: ClassVar[bool] = False
+    averages_over: ClassVar[Literal["auto", "samples", "positions", "tokens", "labelled"]] = "auto"
     student_taps: Sequence[str] = ()
     teacher_taps: Sequence[str] = ()
 

@@ -70,6 +70,7 @@ class CRD(LayerLoss):
         seed: Seed of the negatives.
     """
 
+    couples_samples = True
     needs: ClassVar[frozenset[str]] = frozenset({"features", "labels", "index"})
     bank_student: Tensor
     bank_teacher: Tensor

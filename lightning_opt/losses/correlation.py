@@ -89,6 +89,8 @@ class DIST(DistillationLoss):
         temperature: A number or a schedule, more than 0.
     """
 
+    couples_samples = True
+
     def __init__(self, *, inter: float = 1.0, intra: float = 1.0, temperature: float | Schedule = 1.0) -> None:
         super().__init__()
         check_value("temperature", temperature, low=0.0, open_low=True)
@@ -122,6 +124,8 @@ class MultiLevelKD(DistillationLoss):
     Raises:
         ValueError: There is no temperature, or a value is out of range.
     """
+
+    couples_samples = True
 
     def __init__(
         self,

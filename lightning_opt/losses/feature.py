@@ -205,6 +205,8 @@ class SimilarityPreserving(LayerLoss):
         layers: Student pattern -> teacher pattern.
     """
 
+    couples_samples = True
+
     def forward(self, student: Signals, teacher: Signals, supervision: Supervision) -> Tensor:
         terms = [
             similarity_preserving(s, t, token_mask=supervision.token_mask) for s, t in self.pairs(student, teacher)

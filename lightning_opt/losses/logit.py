@@ -160,6 +160,7 @@ class DKD(DistillationLoss):
         standardize: Z-score each position's logits first (see `StandardizedKD`).
     """
 
+    averages_over = "labelled"
     needs = frozenset({"logits", "labels"})
 
     def __init__(

@@ -71,6 +71,8 @@ class RKDDistance(LayerLoss):
         layers: Student pattern -> teacher pattern; the sum over the pairs is returned. None: the logits.
     """
 
+    couples_samples = True
+
     def __init__(self, layers: Mapping[str, str] | None = None) -> None:
         super().__init__(layers)
 
@@ -137,6 +139,8 @@ class MiniLMRelations(LayerLoss):
         fused: A projection's output holds queries, keys and values side by side and is split in three.
         weights: Weight of each relation: query-query, key-key, value-value.
     """
+
+    averages_over = "samples"
 
     def __init__(
         self,

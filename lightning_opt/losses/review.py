@@ -67,6 +67,8 @@ class ReviewKD(LayerLoss):
         inner_channels: Width of the fused maps. None: as the student's deepest layer, at most 512.
     """
 
+    averages_over = "samples"
+
     def __init__(self, layers: Mapping[str, str], *, inner_channels: int | None = None) -> None:
         super().__init__(layers)
         self.inner_channels = inner_channels

@@ -1,6 +1,7 @@
 """What every LightningModule here shares: a task, an optimizer, honest validation and test metrics."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,9 @@ from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import override
 
 from lightning_opt.checkpointing.recipe import restore_recipes, save_recipes
+from lightning_opt.forward import Inputs
+from lightning_opt.losses import Signals, Supervision
+from lightning_opt.modules.context import StepContext, count_of
 from lightning_opt.tasks import Example, Task
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -21,8 +25,11 @@ SchedulerFactory = Callable[..., Any]
 class TaskModule(pl.LightningModule):
     """Train and judge `model` on `task`.
 
-    Subclasses give `training_step`. Everything that the run claims about quality comes from here, so that a student
-    and its control are judged by the same lines.
+    Subclasses give `loss_terms`. Everything that the run claims about quality comes from here, so that a student and
+    its control are judged by the same lines.
+
+    A training step is made of parts that a pipeline calls one by one, on the rank that needs each: `context` reads the
+    batch, `answer` runs the network, `loss_terms` compares the two, `log_step` adds up and logs.
 
     Args:
         model: The network; its answer is a tensor or has `logits`.
@@ -51,6 +58,74 @@ class TaskModule(pl.LightningModule):
     @override
     def forward(self, inputs: Any) -> Tensor:
         return self.task.logits(self.model, inputs)
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        context = self.context(batch)
+        return self.log_step(self.loss_terms(self.answer(context.inputs), context))
+
+    def context(self, batch: Any, *, ask: bool = True) -> StepContext:
+        """Return what a training step on a batch needs beside the network's answer.
+
+        Args:
+            batch: As the loader gives it.
+            ask: Whether to ask the teachers, if there are any; a rank that compares nothing need not.
+        """
+        example = self.task.read(batch)
+        return StepContext(inputs=example.inputs, supervision=self.supervision_of(example))
+
+    def answer(self, inputs: Inputs) -> Signals:
+        """Run the network in a training step, and return what it says."""
+        return Signals(logits=self.task.logits(self.model, inputs))
+
+    def loss_terms(
+        self, student: Signals, context: StepContext, *, only: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Return every weighted part of the loss by name, scalars that the step adds up.
+
+        Args:
+            student: What the network said; without logits of use if no part that reads them is asked for.
+            context: What it is compared with.
+            only: The parts to compute. None: all.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines neither loss_terms nor training_step")
+
+    def log_step(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Add the parts of the loss up, log what is to be seen of them, and return the sum."""
+        total = reduce(torch.add, terms.values())  # cheaper than to stack them: no node more than needed
+        self.log_terms({"loss": total})
+        return total
+
+    def readers(self) -> dict[str, Sequence[str] | None]:
+        """Return the patterns of the modules of `model` that each part of the loss reads; None: its logits."""
+        return {"task": None}
+
+    def term_modules(self) -> dict[str, nn.Module]:
+        """Return the modules of which parts of the loss are made, by the part's name."""
+        return {}
+
+    def term_counts(self, context: StepContext, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return over how many things each part of the loss takes its mean, for batches or parts of batches.
+
+        Args:
+            context: Of the batch.
+            features: What the network's tapped modules said; shapes alone matter.
+        """
+        return {"task": count_of(context.supervision, context.supervision.mask)}
+
+    def supervision_of(self, example: Example) -> Supervision:
+        """Return what a batch says about the answer to it.
+
+        Raises:
+            ValueError: The batch has no labels.
+        """
+        labels = self.labels_of(example)
+        return Supervision(
+            labels=labels,
+            mask=self.task.mask(labels),
+            token_mask=example.token_mask,
+            index=example.index,
+        )
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any, cast
@@ -18,6 +18,7 @@ from lightning_opt.losses import DistillationLoss, OnPolicy, Signals, Supervisio
 from lightning_opt.losses.schedules import Schedule
 from lightning_opt.losses.teachers import FixedWeights, TeacherWeights
 from lightning_opt.modules.base import OptimizerFactory, SchedulerFactory, TaskModule
+from lightning_opt.modules.context import StepContext, count_of_loss, names_read
 from lightning_opt.modules.matching import ask_once, check_match, look, mix_of, readers_of_features
 from lightning_opt.modules.taps import FeatureTaps
 from lightning_opt.modules.teacher import Teacher
@@ -144,57 +145,82 @@ class Distillation(TaskModule):
     def on_fit_start(self) -> None:
         if self.cache is None:
             for teacher, patterns in zip(self.teachers, self._teacher_patterns(), strict=True):
-                teacher.to(self.device).watch(patterns)
-        if patterns := self._student_patterns():
+                teacher.place(self.trainer.strategy).watch(patterns)
+        # A pipeline reads the features itself: each of its ranks runs a part of the student.
+        if (patterns := self._student_patterns()) and not getattr(self.trainer.strategy, "reads_features", False):
             self._student_taps = FeatureTaps(self.model, patterns)
             self._student_taps.install()
 
     @override
     def on_fit_end(self) -> None:
         for teacher in self.teachers:
-            teacher.watch([])
+            teacher.release()
         if self._student_taps is not None:
             self._student_taps.remove()
             self._student_taps = None
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def context(self, batch: Any, *, ask: bool = True) -> StepContext:
         read = self.task.read(batch)
         example = self._sampled(read)
-        labels = self.labels_of(example)
-        logits = self.task.logits(self.model, example.inputs)
-        features = self._student_taps.collect() if self._student_taps is not None else {}
-        student = Signals(logits=logits, features=features)
-        supervision = Supervision(
-            labels=labels,
-            mask=self.task.mask(labels),
-            token_mask=example.token_mask,
-            index=example.index,
-            progress=self.progress,
-        )
-        teacher = self._ask(example, supervision)
+        supervision = replace(self.supervision_of(example), progress=self.progress)
         # What a student wrote itself must not be taught to it as if it were right.
         labels_are_true = example is read or self.sampling is None or self.sampling.labels_are_true
-        parts = self._terms(student, teacher, supervision, with_labels=labels_are_true)
-        total = reduce(torch.add, parts.values())  # cheaper than to stack them: no node more than needed
-        self.log_terms({"loss": total, **{f"loss_{name}": value for name, value in parts.items()}})
-        return total
+        return StepContext(
+            inputs=example.inputs,
+            supervision=supervision,
+            teacher=self._ask(example, supervision) if ask else None,
+            labels_are_true=labels_are_true,
+        )
 
-    def _terms(
-        self, student: Signals, teacher: Signals, supervision: Supervision, *, with_labels: bool
+    @override
+    def answer(self, inputs: Inputs) -> Signals:
+        logits = self.task.logits(self.model, inputs)
+        return Signals(logits=logits, features=self._student_taps.collect() if self._student_taps is not None else {})
+
+    @override
+    def loss_terms(
+        self, student: Signals, context: StepContext, *, only: Collection[str] | None = None
     ) -> dict[str, Tensor]:
         """Return every weighted part of the loss by name; parts of weight zero are not computed."""
+        assert context.teacher is not None
         parts = {}
-        task_weight = value_at(self.task_weight, supervision.progress)
-        if task_weight and with_labels:
-            assert supervision.labels is not None
-            parts["task"] = task_weight * self.task.loss(student.logits, supervision.labels)
+        progress = context.supervision.progress
+        task_weight = value_at(self.task_weight, progress)
+        if task_weight and context.labels_are_true and (only is None or "task" in only):
+            parts["task"] = task_weight * self.task.loss(student.logits, context.labels)
         for term in self._each_term():
-            weight = value_at(term.weight, supervision.progress)
+            if only is not None and term.name not in only:
+                continue
+            weight = value_at(term.weight, progress)
             # A part with parameters of its own is always computed: under ddp each of them must get a gradient.
             if weight or any(True for _ in term.parameters()):
-                parts[term.name] = weight * term.loss(student, teacher, supervision)
-        return parts or {"task": 0.0 * student.logits.sum()}
+                parts[term.name] = weight * term.loss(student, context.teacher, context.supervision)
+        return parts if parts or only is not None else {"task": 0.0 * student.logits.sum()}
+
+    @override
+    def log_step(self, terms: Mapping[str, Tensor]) -> Tensor:
+        total = reduce(torch.add, terms.values())  # cheaper than to stack them: no node more than needed
+        self.log_terms({"loss": total, **{f"loss_{name}": value for name, value in terms.items()}})
+        return total
+
+    @override
+    def readers(self) -> dict[str, Sequence[str] | None]:
+        each = ((term.name, term.loss) for term in self._each_term())
+        read = {name: None if "logits" in loss.needs else list(loss.student_taps) or None for name, loss in each}
+        return {"task": None, **read}
+
+    @override
+    def term_modules(self) -> dict[str, nn.Module]:
+        return {term.name: term for term in self._each_term()}
+
+    @override
+    def term_counts(self, context: StepContext, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        counts = super().term_counts(context, features)
+        for term in self._each_term():
+            read = {name: features[name] for name in names_read(features, term.loss.student_taps)}
+            counts[term.name] = count_of_loss(term.loss, context.supervision, read)
+        return counts
 
     def _ask(self, example: Example, supervision: Supervision) -> Signals:
         if self.cache is not None:

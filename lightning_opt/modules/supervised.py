@@ -1,11 +1,13 @@
 """A model alone: the plain fine-tune, and the control for every claim."""
 
-from typing import Any
+from collections.abc import Collection
 
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_opt.losses import Signals
 from lightning_opt.modules.base import TaskModule
+from lightning_opt.modules.context import StepContext
 
 
 class Supervised(TaskModule):
@@ -20,8 +22,7 @@ class Supervised(TaskModule):
     """
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        example = self.task.read(batch)
-        loss = self.task.loss(self.task.logits(self.model, example.inputs), self.labels_of(example))
-        self.log_terms({"loss": loss})
-        return loss
+    def loss_terms(
+        self, student: Signals, context: StepContext, *, only: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        return {"task": self.task.loss(student.logits, context.labels)}

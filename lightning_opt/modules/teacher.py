@@ -1,6 +1,7 @@
 """A frozen network that a student learns from."""
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,12 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_opt.errors import ConfigError
-from lightning_opt.forward import Inputs, forward, logits_of, map_inputs
+from lightning_opt.forward import Inputs, batch_size_of, logits_of, map_inputs, predict
 from lightning_opt.losses.base import Signals
 from lightning_opt.losses.teachers import Mix, mix_probabilities
-from lightning_opt.modules.taps import FeatureTaps
+from lightning_opt.modules.teacher_placement import PLACEMENTS, Held, Replicated, check_placement, place
+from lightning_opt.modules.teacher_placement_int8 import as_int8, how
+from lightning_opt.modules.teacher_placement_whole import Parted
+
+log = logging.getLogger("lightning_opt")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_INT8 = "int8"
+_SAMPLES_COMPARED = 32
+_SAMPLES_REMEMBERED = 2
 
 
 class Teacher:
@@ -25,16 +33,20 @@ class Teacher:
     Args:
         model: The trained network. It is frozen, and put in eval mode before every answer.
         preprocess: What this teacher wants done to the student's inputs first, such as its own normalisation.
-        dtype: "float32", "bfloat16" or "float16" to compute in; answers are float32 in any case. None keeps the
-            network as it is.
+        dtype: "float32", "bfloat16" or "float16" to compute in, or "int8" to hold weights in; answers are float32 in
+            any case. None keeps the network as it is.
         compile: Whether to compile the network in place.
         channels_last: Whether a convolutional network holds weights and images with the channels as the last axis in
             memory, which most processors convolve faster. Answers are those of other kernels: equal from run to run,
             and to those of the other layout within rounding, not to the last bit.
+        placement: Where it lives while a student is trained: "replicated" (whole on every rank), "sharded" (a slice of
+            every weight on each rank, by an FSDP2 of its own), "tensor_parallel" (a part of every layer) or "pipeline"
+            (some layers). Nothing of it is in the student's wrapper, optimizer or checkpoint.
+        ranks: Over how many neighbouring ranks one copy is spread; None: all.
         name: How messages and the report call it.
 
     Raises:
-        ValueError: An unknown `dtype`.
+        ValueError: An unknown `dtype` or `placement`.
     """
 
     def __init__(
@@ -45,30 +57,105 @@ class Teacher:
         dtype: str | None = None,
         compile: bool = False,
         channels_last: bool = False,
+        placement: str | None = None,
+        ranks: int | None = None,
         name: str = "teacher",
     ) -> None:
-        if dtype is not None and dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+        if dtype is not None and dtype not in (*_DTYPES, _INT8):
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, {_INT8}, not {dtype!r}")
+        if placement is not None and placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, not {placement!r}")
         self.model = model.requires_grad_(False).eval()
         self.preprocess = preprocess
-        self.dtype = _DTYPES[dtype] if dtype is not None else None
+        # As a part of the key of stored answers; inputs are cast to it where it is one of torch's.
+        self.dtype: torch.dtype | str | None = _DTYPES.get(dtype, dtype) if dtype is not None else None
+        self.placement = placement or "replicated"
+        self.ranks = ranks
         self.name = name
-        self._taps: FeatureTaps | None = None
         self.channels_last = channels_last
         # The caller's module keeps its precision and layout.
         self.answering = self.model
-        if self.dtype not in (None, torch.float32):
+        if dtype == _INT8:
+            self.answering = as_int8(self.model)
+        elif isinstance(self.dtype, torch.dtype) and self.dtype != torch.float32:
             self.answering = copy.deepcopy(self.model).to(self.dtype)
         if channels_last:
             copied = self.answering if self.answering is not self.model else copy.deepcopy(self.model)
             self.answering = copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.compile = compile
         if compile:
             self.answering.compile()
+        self._home = Replicated(self.answering)
+        # Of a network that will be spread: what it was asked first, and what it said while it was whole.
+        self._example: Inputs | None = None
+        self._answer: Tensor | None = None
+        self._is_looked_at = False
 
     def to(self, device: torch.device) -> "Teacher":
         """Move the network; return self."""
         self.answering.to(device)
         return self
+
+    def place(self, strategy: Any) -> "Teacher":
+        """Put the network where it lives while a student is trained; return self. Taps that were there are gone.
+
+        Collective unless it is replicated. Until `release` a network that is spread is not whole on any rank.
+
+        Args:
+            strategy: The trainer's, set up.
+
+        Raises:
+            ConfigError: It cannot live there.
+        """
+        self.release()
+        self.check(strategy, getattr(strategy, "world_size", 1))
+        self._home = place(self.answering, self.placement, strategy, ranks=self.ranks, example=self._example)
+        if isinstance(self._home, Parted) and self._example is not None and self._answer is not None:
+            self._home.check(self._example, self._answer)
+        self._is_looked_at = False
+        held = self._home.held()
+        log.info(
+            "%s: %s; %s of its %s bytes on the rank that holds most",
+            self.name,
+            self._home.where,
+            f"{held.rank_bytes:,}",
+            f"{held.whole_bytes:,}",
+        )
+        return self
+
+    def check(self, strategy: Any, processes: int) -> None:
+        """Refuse a place that it cannot take under a strategy, before anything starts.
+
+        Raises:
+            ConfigError: Naming the keys.
+        """
+        check_placement(
+            self.placement,
+            strategy,
+            processes,
+            ranks=self.ranks,
+            dtype=self.dtype if isinstance(self.dtype, str) else None,
+            compile=self.compile,
+            channels_last=self.channels_last,
+        )
+        if self.placement == "tensor_parallel" and any(True for _ in self.answering.parameters()):
+            from lightning_opt.modules.teacher_placement_tensor import plan_for
+
+            plan_for(self.answering, self.ranks or processes)
+
+    def release(self) -> None:
+        """Take the network back from where `place` put it: whole again, without taps. Collective if it was spread."""
+        self._home.release()
+        self._home = Replicated(self.answering)
+
+    def held(self) -> Held:
+        """Return how much memory the weights take, on the rank that holds most. Collective if they are spread."""
+        return self._home.held()
+
+    @property
+    def asks_together(self) -> bool:
+        """Whether all ranks must ask at the same time, each as often as the others."""
+        return self.placement != "replicated"
 
     def watch(self, patterns: Sequence[str]) -> None:
         """Install taps on the modules whose features the losses read; an empty list removes them.
@@ -76,11 +163,7 @@ class Teacher:
         Raises:
             ConfigError: A pattern matches no module.
         """
-        if self._taps is not None:
-            self._taps.remove()
-        self._taps = FeatureTaps(self.answering, patterns) if patterns else None
-        if self._taps is not None:
-            self._taps.install()
+        self._home.watch(patterns)
 
     # Not inference_mode: its tensors cannot be saved for backward, which hints and attention maps do.
     @torch.no_grad()
@@ -89,12 +172,37 @@ class Teacher:
         self.answering.eval()
         if self.preprocess is not None:
             inputs = self.preprocess(inputs)
-        logits = logits_of(forward(self.answering, map_inputs(inputs, self._cast))).float()
-        features = self._taps.collect() if self._taps is not None else {}
-        return Signals(logits=logits, features={name: value.float() for name, value in features.items()})
+        cast = map_inputs(inputs, self._cast)
+        logits, features = self._home.ask(cast)
+        if self._example is None and self.asks_together:
+            self._example = map_inputs(cast, lambda value: value[:_SAMPLES_REMEMBERED].clone())
+            self._answer = logits[:_SAMPLES_REMEMBERED].clone()
+        if not self._is_looked_at and (isinstance(self._home, Parted) or batch_size_of(inputs) > _SAMPLES_REMEMBERED):
+            self._look(inputs, logits)
+        return Signals(logits=logits.float(), features={name: value.float() for name, value in features.items()})
+
+    def _look(self, inputs: Inputs, logits: Tensor) -> None:
+        """Say once what is known only when a question was answered. Every rank comes through here."""
+        self._is_looked_at = True
+        if isinstance(self._home, Parted):
+            peak = self._home.held().peak_bytes
+            log.info("%s: at most %s bytes of weights on a rank while it answers", self.name, f"{peak:,}")
+        if self.dtype == _INT8:
+            few = map_inputs(inputs, lambda value: value[:_SAMPLES_COMPARED].cpu())
+            exact = predict(self.model, few).float()
+            said = logits[:_SAMPLES_COMPARED].float().cpu()
+            log.info(
+                "%s: %s; on %d samples it says what the float teacher does in %.1f %% of the answers, logits differ by "
+                "%.2g on average",
+                self.name,
+                how(self.answering),
+                len(said),
+                100 * (said.argmax(-1) == exact.argmax(-1)).float().mean(),
+                (said - exact).abs().mean(),
+            )
 
     def _cast(self, value: Any) -> Any:
-        if self.dtype is not None and torch.is_floating_point(value):
+        if isinstance(self.dtype, torch.dtype) and torch.is_floating_point(value):
             value = value.to(self.dtype)
         return value.contiguous(memory_format=torch.channels_last) if self.channels_last and value.dim() == 4 else value
 

@@ -2,15 +2,17 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_opt.pruning.ranking import best, count_true, falling_order
+from lightning_opt.pruning.parts_ranking import Marked, are_parts, best_parts, each_on_one_rank
+from lightning_opt.pruning.ranking import NotANumberError, best, count_true, falling_order
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Allocation(ABC):
             ValueError: The sparsity leaves less than `min_density` asks for.
         """
 
+    @property
+    def ranks_parts(self) -> bool:
+        """Whether `keep` also chooses where each process has `Parts` of the scores; else it is given all of them."""
+        return False
+
     def floor(self, count: int) -> int:
         """Return how many of `count` units stay in any case."""
         return min(max(math.ceil(self.min_density * count), 1), count)
@@ -78,14 +85,18 @@ class GlobalAllocation(Allocation):
         open_names = list(units)
         while open_names:
             kept.update(_best(ranks, open_names, left))
-            short = [name for name in open_names if count_true(kept[name]) < floors[name]]
+            short = {name: floors[name] for name in open_names if _count(kept[name]) < floors[name]}
             if not short:
                 break
-            for name in short:
-                kept[name] = _best(ranks, [name], floors[name])[name]
-                left -= floors[name]
+            kept.update(_best_of_each(ranks, short))
+            left -= sum(short.values())
             open_names = [name for name in open_names if name not in short]
         return kept
+
+    @property
+    def ranks_parts(self) -> bool:
+        ours = (GlobalAllocation, LAMP)
+        return any(type(self).keep is kind.keep for kind in ours) and any(type(self).rank is k.rank for k in ours)
 
     def rank(self, units: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return scores that can be compared over all tensors; the units' own by default."""
@@ -120,9 +131,11 @@ class LAMP(GlobalAllocation):
     ) -> dict[str, Tensor]:
         shares = super().keep(units, shapes, sparsity=sparsity, fraction=fraction)
         # The order within a tensor is that of its scores, so its count is all that the ranking has to give.
-        return {name: _best(units, [name], count_true(kept))[name] for name, kept in shares.items()}
+        return _best_of_each(units, {name: _count(kept) for name, kept in shares.items()})
 
     def rank(self, units: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if are_parts(units):
+            return each_on_one_rank(units, lamp_scores)  # type: ignore[return-value]  # see `Allocation.ranks_parts`
         return {name: lamp_scores(scores) for name, scores in units.items()}
 
 
@@ -159,12 +172,15 @@ class PerTensor(Allocation):
     def keep(
         self, units: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], *, sparsity: float, fraction: float = 1.0
     ) -> dict[str, Tensor]:
-        kept = {}
+        counts = {}
         for name, density in self.densities(shapes, sparsity).items():
             total = len(units[name])
-            count = round((1.0 - fraction * (1.0 - density)) * total)
-            kept[name] = _best(units, [name], max(count, self.floor(total)))[name]
-        return kept
+            counts[name] = max(round((1.0 - fraction * (1.0 - density)) * total), self.floor(total))
+        return _best_of_each(units, counts)
+
+    @property
+    def ranks_parts(self) -> bool:
+        return type(self).keep is PerTensor.keep
 
 
 @dataclass(frozen=True)
@@ -245,15 +261,36 @@ class PerLayer(PerTensor):
 
 
 def _best(ranks: Mapping[str, Tensor], names: list[str], count: int) -> dict[str, Tensor]:
+    """Mark the best of some tensors together."""
+    return _best_in([(names, count)], ranks)
+
+
+def _best_of_each(ranks: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """Mark the best of each tensor by itself."""
+    return _best_in([([name], count) for name, count in counts.items()], ranks)
+
+
+def _best_in(groups: list[tuple[list[str], int]], ranks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mark the best of several groups of tensors."""
+    every = [name for names, _ in groups for name in names]
+    if are_parts(ranks):
+        found: Any = _naming(every, lambda: best_parts([([ranks[n] for n in names], count) for names, count in groups]))
+    else:
+        found = [_naming(names, lambda: best([ranks[n] for n in names], count)) for names, count in groups]  # noqa: B023
+    return dict(zip(every, (mask for masks in found for mask in masks), strict=True))
+
+
+def _naming(names: list[str], choose: Callable[[], Any]) -> Any:
     try:
-        return dict(zip(names, best([ranks[name] for name in names], count), strict=True))
-    except ValueError as error:
-        bad = [name for name in names if bool(ranks[name].isnan().any())]
-        if not bad:
-            raise
+        return choose()
+    except NotANumberError as error:
         raise ValueError(
-            f"the scores of {bad[0]} hold NaN; weights or gradients of that tensor are not finite"
+            f"the scores of {names[error.place]} hold NaN; weights or gradients of that tensor are not finite"
         ) from error
+
+
+def _count(mask: Any) -> int:
+    return mask.count if isinstance(mask, Marked) else count_true(mask)
 
 
 def _check_floors(floors: Mapping[str, int], left: int, sparsity: float, min_density: float) -> None:

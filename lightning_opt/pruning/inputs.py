@@ -14,6 +14,8 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_opt.pruning.parts import is_sharded
+
 
 class Reader:
     """Turns a layer's inputs into rows, one number for each input that the weight has.
@@ -32,7 +34,7 @@ class Reader:
         by_rows = self.input_dim == 0
         if field == "output_norm":
             return (self.weight.shape[1] if by_rows else self.weight.shape[0],)
-        each = self.weight.shape[0] if by_rows else self.weight[0].numel()
+        each = self.weight.shape[0] if by_rows else self.weight.shape[1:].numel()
         if field == "input_norm":
             return (self.groups * each,)
         return (each, each) if self.groups == 1 else (self.groups, each, each)
@@ -73,10 +75,15 @@ class Reader:
                 f"a weight of shape {tuple(self.weight.shape)} does not turn {rows.shape[1]} inputs into "
                 f"{out.shape[1]} outputs; register a reader for its module (pruning.inputs.reader_for)"
             )
-        weight = self.weight.detach().double()
+        weight = self._whole_weight().double()
         wanted, moved = out - out[:1], rows - rows[:1]
         misses = {dim: (wanted - moved @ (weight.T if dim else weight)).norm().item() for dim in fits}
         self.input_dim = min(misses, key=misses.__getitem__)
+
+    def _whole_weight(self) -> Tensor:
+        weight: Any = self.weight.detach()
+        whole: Tensor = weight.full_tensor() if is_sharded(weight) else weight  # all processes are in this layer now
+        return whole
 
 
 class EmbeddingReader(Reader):

@@ -5,6 +5,9 @@ model's. After every optimizer step `apply` multiplies the weights with their ma
 weight decay, momentum or a clipped gradient did to a masked weight is undone before the next forward.
 
 When masks change: `newly = masks.update(new)`, `masks.apply()`, `masks.clear_moments(optimizers, newly=newly)`.
+
+Where weights are spread over processes (`layout`), each process has the masks of its parts, and shares are those of the
+whole weights; what a checkpoint holds is whole, and the same however weights are spread.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_opt.pruning.packing import pack_bits, unpack_bits
+from lightning_opt.pruning.parts import Layout, local_of, sum_over_ranks
 from lightning_opt.pruning.ranking import count_true
 
 STATE_VERSION = 1
@@ -27,16 +31,19 @@ class Masks:
 
     Args:
         parameters: Full name to parameter, as `named_parameters` gives them.
+        layout: Which parts of them this process holds; None: all of them. With it all processes must make it, update
+            it and ask for its state together.
 
     Raises:
         ValueError: Two names are the same parameter (tied weights), or one has no dimension.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], layout: Layout | None = None) -> None:
         _check_distinct(parameters)
-        self._parameters = dict(parameters)
-        self._masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self._parameters.items()}
+        self._parameters, self._layout = dict(parameters), layout
+        self._masks = {name: torch.ones_like(local_of(p), dtype=torch.bool) for name, p in self._parameters.items()}
         self._zeros = dict.fromkeys(self._parameters, 0)
+        self._whole_zeros = dict.fromkeys(layout, 0) if layout is not None else self._zeros
         self._factors: dict[str, Tensor] = {}
         self._regrown: dict[str, Tensor] = {}
         self._live: list[Tensor] = []
@@ -61,7 +68,7 @@ class Masks:
         """Replace the masks of some or all tensors; weights change at the next `apply`.
 
         Args:
-            new: Name to bool mask of the weight's shape; others stay as they are.
+            new: Name to bool mask of the weight's shape, or of this process's part; others stay as they are.
             only_shrink: Keep out what is out, whatever `new` says.
 
         Returns:
@@ -88,6 +95,7 @@ class Masks:
                 old.copy_(mask)
                 self._zeros[name] = zeros
                 self._stale.add(name)
+        self._count()
         return newly
 
     @torch.no_grad()
@@ -99,7 +107,7 @@ class Masks:
         if self._stale or (self._live and self._live[0].device != self._live_factors[0].device):
             self._refresh()
         if self._live:
-            torch._foreach_mul_(self._live, self._live_factors)
+            torch._foreach_mul_(self._live if self._layout is None else _parts(self._live), self._live_factors)
 
     @torch.no_grad()
     def apply_to(self, tensors: Mapping[str, Tensor]) -> None:
@@ -113,11 +121,10 @@ class Masks:
         """
         for name, tensor in tensors.items():
             if self._zeros.get(name):
-                if tensor.shape != self._masks[name].shape:
-                    raise ValueError(
-                        f"the copy of {name} is {tuple(tensor.shape)}, its mask {_shape(self._masks[name])}"
-                    )
-                tensor.mul_(self._masks[name].to(tensor.device))
+                part, mask = local_of(tensor), self._masks[name]
+                if part.shape != mask.shape:
+                    raise ValueError(f"the copy of {name} is {tuple(part.shape)}, its mask {_shape(mask)}")
+                part.mul_(mask.to(part.device))
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -127,7 +134,8 @@ class Masks:
         """
         if self._stale:
             self._refresh()
-        pairs = [(p.grad, f) for p, f in zip(self._live, self._live_factors, strict=True) if p.grad is not None]
+        both = zip(self._live, self._live_factors, strict=True)
+        pairs = [(local_of(p.grad), factor) for p, factor in both if p.grad is not None]
         if pairs:
             torch._foreach_mul_([grad for grad, _ in pairs], [factor for _, factor in pairs])
 
@@ -158,18 +166,29 @@ class Masks:
 
     def sparsity(self) -> float:
         """Return the share of masked weights among all that have a mask."""
-        total = sum(mask.numel() for mask in self._masks.values())
-        return sum(self._zeros.values()) / total if total else 0.0
+        total = sum(self._numbers().values())
+        return sum(self._whole_zeros.values()) / total if total else 0.0
 
     def per_layer(self) -> dict[str, float]:
         """Return the share of masked weights of each tensor."""
-        return {name: self._zeros[name] / mask.numel() for name, mask in self._masks.items()}
+        return {name: self._whole_zeros[name] / number for name, number in self._numbers().items()}
+
+    def whole(self, name: str) -> Tensor:
+        """Return the mask of a whole weight; where weights are spread all processes must call it."""
+        mask = self._masks.get(name)
+        if self._layout is None:
+            assert mask is not None
+            return mask
+        return self._layout.whole(name, mask, dtype=torch.bool)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks as plain values: one bit a weight, eight in a uint8; nothing for a tensor without zeros."""
         masks = {
-            name: {"shape": list(mask.shape), "bits": pack_bits(mask.cpu()) if self._zeros[name] else None}
-            for name, mask in self._masks.items()
+            name: {
+                "shape": list(self._mask_shape(name)),
+                "bits": pack_bits(self.whole(name).cpu()) if self._whole_zeros[name] else None,
+            }
+            for name in self._numbers()
         }
         return {"version": STATE_VERSION, "masks": masks}
 
@@ -184,16 +203,19 @@ class Masks:
                 f"masks of version {state.get('version')!r} can't be read; this package has {STATE_VERSION}"
             )
         saved = state["masks"]
-        different = sorted(saved.keys() ^ self._masks.keys())
+        different = sorted(saved.keys() ^ self._numbers().keys())
         if different:
             raise ValueError(f"saved masks and pruned weights differ in {different[0]!r} and {len(different) - 1} more")
         new = {}
         for name, entry in saved.items():
             shape = torch.Size(entry["shape"])
-            if shape != self._masks[name].shape:
-                raise ValueError(f"the saved mask of {name} is {tuple(shape)}, the weight {_shape(self._masks[name])}")
+            if shape != self._mask_shape(name):
+                wanted = tuple(self._mask_shape(name))
+                raise ValueError(f"the saved mask of {name} is {tuple(shape)}, the weight {wanted}")
             bits = entry["bits"]
-            new[name] = torch.ones(shape, dtype=torch.bool) if bits is None else unpack_bits(bits, shape)
+            mask = torch.ones(shape, dtype=torch.bool) if bits is None else unpack_bits(bits, shape)
+            if name in self._masks:
+                new[name] = mask if self._layout is None else self._layout.part(name, mask)
         self.update(new)
         self._regrown = {}
 
@@ -208,9 +230,10 @@ class Masks:
             raise ValueError(f"masks can't be bound: {different[0]!r} is on one side only")
         _check_distinct(parameters)
         for name, parameter in parameters.items():
-            if parameter.shape != self._masks[name].shape:
+            part = local_of(parameter)
+            if part.shape != self._masks[name].shape:
                 raise ValueError(
-                    f"masks can't be bound: {name} is {tuple(parameter.shape)}, its mask {_shape(self._masks[name])}"
+                    f"masks can't be bound: {name} is {tuple(part.shape)}, its mask {_shape(self._masks[name])}"
                 )
         self._parameters = {name: parameters[name] for name in self._masks}
         self._factors = {}
@@ -221,7 +244,12 @@ class Masks:
 
         Args:
             edit: Has `kept`: {tensor name: {dim: indices}}, dims as numbers or text; a `surgery.Shrink`.
+
+        Raises:
+            RuntimeError: Weights are spread over processes; `whole` masks can be cut.
         """
+        if self._layout is not None:
+            raise RuntimeError("parts of masks can't be cut: cut whole ones, and give each process its part again")
         for name, dims in edit.kept.items():
             if name in self._masks:
                 self._masks[name] = _cut(self._masks[name], dims)
@@ -246,7 +274,8 @@ class Masks:
             if not self._zeros[name]:
                 self._factors.pop(name, None)
             elif factor is None or factor.device != parameter.device or factor.dtype != parameter.dtype:
-                self._factors[name] = torch.empty_like(parameter.detach()).copy_(self._masks[name].view(torch.uint8))
+                like = local_of(parameter.detach())
+                self._factors[name] = torch.empty_like(like).copy_(self._masks[name].view(torch.uint8))
             elif name in self._stale:
                 factor.copy_(self._masks[name].view(torch.uint8))  # twice as fast as from bool
             self._masks[name] = self._masks[name].to(parameter.device)
@@ -259,7 +288,30 @@ class Masks:
         if parameter not in optimizer.state:
             return []
         states = optimizer.state[parameter].values()
-        return [state for state in states if isinstance(state, Tensor) and state.shape == parameter.shape]
+        shaped = [state for state in states if isinstance(state, Tensor) and state.shape == parameter.shape]
+        return [local_of(state) for state in shaped]
+
+    def _count(self) -> None:
+        """Find out how many weights all processes together have masked."""
+        if self._layout is None:
+            return
+        mine = [self._zeros.get(name, 0) if self._layout[name].counts else 0 for name in self._layout]
+        numbers = sum_over_ranks(torch.tensor(mine, dtype=torch.int64)).tolist()
+        self._whole_zeros = dict(zip(self._layout, numbers, strict=True))
+
+    def _numbers(self) -> dict[str, int]:
+        """Return how many weights each tensor has."""
+        if self._layout is None:
+            return {name: mask.numel() for name, mask in self._masks.items()}
+        return {name: self._layout[name].shape.numel() for name in self._layout}
+
+    def _mask_shape(self, name: str) -> torch.Size:
+        return self._masks[name].shape if self._layout is None else self._layout[name].shape
+
+
+def _parts(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parts anew at each step: FSDP2 may move them."""
+    return [local_of(parameter) for parameter in parameters]
 
 
 def _check_distinct(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -7,12 +7,15 @@ their weights. An embedding `(vocabulary, width)` is read as it is: its rows are
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from lightning_opt.pruning.parts import Place
 
 
 class Pattern(ABC):
@@ -49,6 +52,13 @@ class Pattern(ABC):
     def expand(self, kept: Tensor, shape: torch.Size) -> Tensor:
         """Spread `(units,)` values (such as a bool mask) over a weight of `shape`; the inverse of `pool`."""
 
+    def units_at(self, place: Place) -> Place | None:
+        """Return which of all units are those of a part of a weight; None if the part cuts through some, or may.
+
+        The scores of such a part are pooled, and its mask expanded, like those of a weight of the part's shape.
+        """
+        return None
+
     def keep(self, units: Tensor, fraction: float) -> Tensor:
         """Return the bool `(units,)` to keep at `fraction` of the way, for a pattern that fixes its density."""
         raise NotImplementedError(f"{type(self).__name__} leaves the density to an allocation")
@@ -72,6 +82,9 @@ class Element(Pattern):
 
     def expand(self, kept: Tensor, shape: torch.Size) -> Tensor:
         return kept.reshape(shape)
+
+    def units_at(self, place: Place) -> Place | None:
+        return place
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,9 @@ class NM(Pattern):
 
     def expand(self, kept: Tensor, shape: torch.Size) -> Tensor:
         return kept.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+    def units_at(self, place: Place) -> Place | None:
+        return place if _split(place, {1: self.m}) else None
 
     def per_group(self, fraction: float) -> int:
         """Return how many weights stay in each group at `fraction` of the way.
@@ -179,6 +195,9 @@ class Block(Pattern):
         blocks = kept.reshape(down, 1, across, 1, -1)
         return blocks.expand(down, self.rows, across, self.cols, blocks.shape[-1]).reshape(shape)
 
+    def units_at(self, place: Place) -> Place | None:
+        return _split(place, {0: self.rows, 1: self.cols})
+
 
 @dataclass(frozen=True)
 class Rows(Pattern):
@@ -199,6 +218,9 @@ class Rows(Pattern):
     def expand(self, kept: Tensor, shape: torch.Size) -> Tensor:
         return kept.reshape(-1, *(1 for _ in shape[1:])).expand(shape).contiguous()
 
+    def units_at(self, place: Place) -> Place | None:
+        return _split(place, {dim: size for dim, size in enumerate(place.shape) if dim != 0})
+
 
 @dataclass(frozen=True)
 class Columns(Pattern):
@@ -216,6 +238,9 @@ class Columns(Pattern):
     def expand(self, kept: Tensor, shape: torch.Size) -> Tensor:
         return kept.reshape(1, -1, *(1 for _ in shape[2:])).expand(shape).contiguous()
 
+    def units_at(self, place: Place) -> Place | None:
+        return _split(place, {dim: size for dim, size in enumerate(place.shape) if dim != 1})
+
 
 @singledispatch
 def has_inputs_first(module: nn.Module) -> bool:
@@ -232,6 +257,23 @@ def inputs_first(model: nn.Module) -> frozenset[str]:
     """Return the full names of the weights of `model` that keep their inputs in dimension 0."""
     turned = (name for name, module in model.named_modules() if has_inputs_first(module))
     return frozenset(f"{name}.weight" if name else "weight" for name in turned)
+
+
+def _split(place: Place, sides: Mapping[int, int]) -> Place | None:
+    """Return the place in the grid of boxes that are `sides[dim]` long; None if the part's border cuts through one."""
+    side = [sides.get(dim, 1) for dim in range(len(place.shape))]
+    if 0 in place.sizes:
+        whole = [extent // step for extent, step in zip(place.shape, side, strict=True)]
+        return Place(torch.Size(whole), (0,) * len(whole), torch.Size([0, *whole[1:]]), False)
+    numbers = zip(place.shape, place.offsets, place.sizes, side, strict=True)
+    parts = [
+        (extent // step, start // step, size // step, start % step or size % step)
+        for extent, start, size, step in numbers
+    ]
+    if any(rest for *_, rest in parts):
+        return None
+    shape, offsets, sizes, _ = zip(*parts, strict=True)
+    return Place(torch.Size(shape), offsets, torch.Size(sizes), place.counts)
 
 
 def _check_matrix(name: str, shape: torch.Size, what: str) -> None:

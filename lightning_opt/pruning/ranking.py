@@ -23,6 +23,18 @@ _MARGIN = 5.0  # standard errors of a rank in the sample
 _HALF = 1 << 15
 
 
+class NotANumberError(ValueError):
+    """A score is NaN.
+
+    Args:
+        place: The place of its tensor among all.
+    """
+
+    def __init__(self, place: int) -> None:
+        super().__init__(f"scores of tensor {place} hold NaN")
+        self.place = place
+
+
 def best(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """Mark the `count` largest of all scores together.
 
@@ -58,7 +70,7 @@ def kth_largest(scores: Sequence[Tensor], count: int) -> float:
     low = (_bin_of(upper, count) - 1 - _HALF) * (1 << 16)
     lower = _histogram(scores, shift=0, low=low, high=low + (1 << 16) - 1)
     key = low + _bin_of(lower, count) - 1
-    return float(_ordered(torch.tensor([key], dtype=torch.int32)).view(torch.float32))
+    return float(ordered(torch.tensor([key], dtype=torch.int32)).view(torch.float32))
 
 
 def count_true(mask: Tensor) -> int:
@@ -163,7 +175,7 @@ def _histogram(flat: Sequence[Tensor], *, shift: int, low: int, high: int) -> Te
     counts = torch.zeros(high - low + 3, dtype=torch.int64, device=flat[0].device)
     for score in flat:
         for _, chunk in _chunks(score, larger=4):
-            keys = _ordered(chunk.view(torch.int32)) >> shift
+            keys = ordered(chunk.view(torch.int32)) >> shift
             bins = keys.clamp_(low - 1, high + 1).sub_(low - 1)
             counts += torch.bincount(bins, minlength=len(counts)).to(counts.device)
     return counts
@@ -175,7 +187,7 @@ def _chunks(score: Tensor, *, larger: int = 1) -> Iterator[tuple[int, Tensor]]:
     return ((start, score[start : start + size]) for start in range(0, len(score), size))
 
 
-def _ordered(bits: Tensor) -> Tensor:
+def ordered(bits: Tensor) -> Tensor:
     """Turn the bits of float32 into whole numbers of the same order, and such numbers back into bits."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -184,4 +196,4 @@ def _refuse_nan(flat: Sequence[Tensor]) -> None:
     peaks = torch.stack([score.amax().cpu() for score in flat if len(score)] or [torch.zeros(())])
     if bool(peaks.isnan().any()):
         place = next(place for place, score in enumerate(flat) if bool(score.isnan().any()))
-        raise ValueError(f"scores of tensor {place} hold NaN")
+        raise NotANumberError(place)

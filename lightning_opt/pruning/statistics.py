@@ -19,32 +19,43 @@ from lightning_opt.pruning.criteria.base import Criterion, Evidence
 from lightning_opt.pruning.criteria.groups import GroupCriterion
 from lightning_opt.pruning.criteria.movement import SoftMovement
 from lightning_opt.pruning.inputs import Reader, first_tensor, reader_for
+from lightning_opt.pruning.parts import Layout, local_of, sum_over_ranks
 
 _FROM_GRADIENTS = ("gradient", "squared_gradient", "movement")
 _FROM_CALLS = ("input_norm", "gram", "output_norm")
 # Sums that go on across resets: what `Movement` ranks by, and each weight's last value that was not zero.
 _LASTING = ("movement", "last_value")
+_WEIGHT_SHAPED = (*_FROM_GRADIENTS, "last_value")
 
 
 class Statistics:
     """Sums over what is seen, for the weights that are named.
 
     Forward passes are observed in training mode (of `model` itself) or inside `calibrating()`, never in a validation.
-    All arithmetic is float32, on the weights' device, without waiting for it.
+    All arithmetic is float32, on the weights' device, without waiting for it. Where weights are spread over processes
+    (`layout`), what has a weight's shape is that of the parts here; gradients are means over all processes then.
 
     Args:
         model: The model that the names start from.
         names: Full names of parameters, whose order is kept.
         needs: Names of fields of `Evidence`.
         pull: Strength and scale of the regularizer of `SoftMovement`.
+        layout: Which parts of the weights this process holds; None: all of them.
 
     Raises:
         ValueError: A name or a need is not known.
     """
 
     def __init__(
-        self, model: nn.Module, names: Iterable[str], needs: Iterable[str], *, pull: tuple[float, float] = (0.0, 1.0)
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        needs: Iterable[str],
+        *,
+        pull: tuple[float, float] = (0.0, 1.0),
+        layout: Layout | None = None,
     ) -> None:
+        self.layout = layout
         self.model, self.names, self.needs, self.pull = model, tuple(names), frozenset(needs), pull
         known = dict(model.named_parameters(remove_duplicate=False))
         for name in self.names:
@@ -62,10 +73,17 @@ class Statistics:
         self._latest: tuple[weakref.ref[Tensor], int, dict[str, Tensor]] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, names: Iterable[str], criterion: Criterion | GroupCriterion) -> "Statistics":
+    def of(
+        cls,
+        model: nn.Module,
+        names: Iterable[str],
+        criterion: Criterion | GroupCriterion,
+        *,
+        layout: Layout | None = None,
+    ) -> "Statistics":
         """Observe what `criterion` needs; the regularizer of `SoftMovement` acts as the scores accumulate."""
         pull = (criterion.strength, criterion.scale) if isinstance(criterion, SoftMovement) else (0.0, 1.0)
-        return cls(model, names, criterion.needs, pull=pull)
+        return cls(model, names, criterion.needs, pull=pull, layout=layout)
 
     def install(self) -> None:
         """Begin to observe forward passes; without a need for them, or when it has begun, nothing happens."""
@@ -112,7 +130,7 @@ class Statistics:
         names = [name for name in self.names if self._parameters[name].grad is not None]
         if not names:
             return
-        gradients = [_dense(self._parameters[name].grad) for name in names]
+        gradients = [_dense(self._parameters[name]) for name in names]
         if "gradient" in self.needs:
             torch._foreach_add_(self._lists("gradient", names), gradients)
         if "squared_gradient" in self.needs:
@@ -169,23 +187,49 @@ class Statistics:
             all_reduce: Returns the mean over ranks of a tensor; called once, on one flat float32 tensor, with the same
                 length on all ranks: what a rank has not seen counts as zeros.
         """
-        parts = self._reducible()
+        parts = self._reducible() if self.layout is None else self._called()
         if not parts:
             return
         mean = all_reduce(torch.cat([part.flatten() for part in parts]))
         for part, new in zip(parts, mean.split([part.numel() for part in parts]), strict=True):
             part.copy_(new.view_as(part))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums as plain tensors; a run that is resumed from them goes on bit-equal."""
+    def state_dict(self, *, everywhere: bool = False) -> dict[str, Any]:
+        """Return the sums as plain tensors; a run that is resumed from them goes on bit-equal.
+
+        Where weights are spread all processes must call it; what has a weight's shape is whole, and only the first
+        process returns it.
+
+        Args:
+            everywhere: All of them do.
+        """
+        sums = {field: dict(tensors) for field, tensors in self._sums.items()}
+        if self.layout is not None:
+            sums = {field: tensors for field, tensors in sums.items() if field in _FROM_CALLS} | self._put_together(
+                everywhere=everywhere
+            )
         return {
             "backwards": self._backwards,
             "input_dims": {name: r.input_dim for name, r in self._readers.items() if r.input_dim is not None},
             "sums": {
-                field: {name: tensor.detach().clone() for name, tensor in sums.items()}
-                for field, sums in self._sums.items()
+                field: {name: tensor.detach().clone() for name, tensor in tensors.items()}
+                for field, tensors in sums.items()
             },
         }
+
+    def _put_together(self, *, everywhere: bool) -> dict[str, dict[str, Tensor]]:
+        """Return the whole sums of the weights' shapes, on the first process or on all."""
+        assert self.layout is not None
+        found: dict[str, dict[str, Tensor]] = {}
+        for field in _WEIGHT_SHAPED:
+            here = self._sums.get(field, {})
+            there = sum_over_ranks(torch.tensor([name in here for name in self.layout], dtype=torch.int32)).tolist()
+            for name, count in zip(self.layout, there, strict=True):
+                if count:
+                    whole = self.layout.whole(name, here.get(name), dtype=torch.float32)
+                    if everywhere or torch.distributed.get_rank() == 0:
+                        found.setdefault(field, {})[name] = whole
+        return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`.
@@ -196,17 +240,25 @@ class Statistics:
         sums: dict[str, dict[str, Tensor]] = {}
         for field, tensors in state["sums"].items():
             for name, tensor in tensors.items():
-                if name not in self._parameters:
+                elsewhere = self.layout is not None and name in self.layout
+                if name not in self._parameters and not elsewhere:
                     raise ValueError(f"the saved statistics hold {field} of {name!r}, which is not observed here")
-                weight = self._parameters[name]
-                if field in (*_FROM_GRADIENTS, "last_value") and tensor.shape != weight.shape:
-                    shapes = f"{tuple(tensor.shape)}, the weight has {tuple(weight.shape)}"
-                    raise ValueError(f"the saved {field} of {name!r} has shape {shapes}")
-                sums.setdefault(field, {})[name] = tensor.detach().to(weight.device, copy=True)
+                if name in self._parameters:
+                    sums.setdefault(field, {})[name] = self._taken(field, name, tensor)
         self._sums, self._backwards = sums, int(state["backwards"])
         for name, input_dim in state["input_dims"].items():
             if name in self._readers:
                 self._readers[name].input_dim = input_dim
+
+    def _taken(self, field: str, name: str, tensor: Tensor) -> Tensor:
+        """Return a copy of a saved sum, or of the part of it that belongs here."""
+        weight = self._parameters[name]
+        if field in _WEIGHT_SHAPED and tensor.shape != weight.shape:
+            shapes = f"{tuple(tensor.shape)}, the weight has {tuple(weight.shape)}"
+            raise ValueError(f"the saved {field} of {name!r} has shape {shapes}")
+        if field in _WEIGHT_SHAPED and self.layout is not None:
+            tensor = self.layout.part(name, tensor)
+        return tensor.detach().to(weight.device, copy=True)
 
     def _reader(self, name: str) -> Reader | None:
         path, _, leaf = name.rpartition(".")
@@ -251,7 +303,7 @@ class Statistics:
 
     def _move(self, names: Sequence[str], gradients: list[Tensor]) -> None:
         """Subtract gradient times weight, with the last value of weights that a mask has zeroed."""
-        weights = [self._parameters[name].detach().float() for name in names]
+        weights = [local_of(self._parameters[name].detach()).float() for name in names]
         scores, last = self._lists("movement", names), self._lists("last_value", names)
         there = torch._foreach_sign(weights)
         torch._foreach_abs_(there)
@@ -275,7 +327,7 @@ class Statistics:
         sums = self._sums.setdefault(field, {})
         if name not in sums:
             weight = self._parameters[name]
-            shape = self._readers[name].shape(field) if field in _FROM_CALLS else weight.shape
+            shape = self._readers[name].shape(field) if field in _FROM_CALLS else local_of(weight).shape
             with torch.inference_mode(mode=False):
                 sums[name] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
         return sums[name]
@@ -285,10 +337,25 @@ class Statistics:
         parts = [self._sum(field, name) for field in fields for name in self.names]
         if "movement" in self.needs:
             parts += [self._sum("last_value", name) for name in self.names]
+        return parts + self._called()
+
+    def _called(self) -> list[Tensor]:
         called = [field for field in _FROM_CALLS if field in self.needs]
-        return parts + [self._sum(field, name) for field in called for name in self._readers]
+        return [self._sum(field, name) for field in called for name in self._readers]
 
 
-def _dense(gradient: Tensor | None) -> Tensor:
+def only_weight_shaped(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a state that is the same for any number of processes: what gradients told."""
+    return state | {"sums": {field: sums for field, sums in state["sums"].items() if field in _WEIGHT_SHAPED}}
+
+
+def _dense(parameter: nn.Parameter) -> Tensor:
+    """Return a gradient as a dense float32 tensor: of a sharded weight, the part that belongs to the weight's part."""
+    gradient: Any = parameter.grad
     assert gradient is not None  # the caller has looked
-    return (gradient.to_dense() if gradient.is_sparse else gradient).float()
+    placements = getattr(parameter, "placements", None)
+    if placements is not None and gradient.placements != placements:
+        gradient = gradient.redistribute(placements=placements)
+    gradient = local_of(gradient)
+    dense: Tensor = (gradient.to_dense() if gradient.is_sparse else gradient).float()
+    return dense

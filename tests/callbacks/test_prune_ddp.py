@@ -78,6 +78,7 @@ def load(folder):
     return torch.load(folder / "last.ckpt", weights_only=True)
 
 
+@pytest.mark.support(method=["unstructured", "structured"], strategy="ddp", feature="resume")
 @pytest.mark.parametrize(
     ("callbacks", "stops"),
     [((GRADIENTS, INPUTS), [5]), ((SHRINK, partial(Prune, end=0.9)), [4, 9])],
@@ -93,6 +94,8 @@ def test_two_processes_resume_bit_equal(tmp_path, callbacks, stops):
     assert compare_checkpoints(whole / "last.ckpt", cut / "last.ckpt") == []
 
 
+@pytest.mark.support(method="unstructured", strategy="ddp", feature="masks")
+@pytest.mark.support(method="structured", strategy="ddp", feature="structure")
 def test_two_processes_choose_what_one_does_with_the_whole_batch(tmp_path):
     callbacks = (SHRINK, GRADIENTS, INPUTS)
     assert run_two(lambda: job(tmp_path / "two", *callbacks)) == [0, 0]

@@ -23,6 +23,7 @@ START, END = 2, 13  # of 18 steps, with the defaults
 LONG = {"every": "2 steps", "observe_steps": 2}
 
 
+@pytest.mark.support(method="unstructured", strategy="one", feature="resume")
 @pytest.mark.parametrize(
     ("options", "stops"),
     [
@@ -47,6 +48,7 @@ def conv_run(folder, *callbacks, **options):
     return make_run(folder, *callbacks, module=lambda: Stranger(Conv()), features=16, **options)
 
 
+@pytest.mark.support(method="structured", strategy="one", feature="resume")
 @pytest.mark.parametrize(
     ("options", "stops"),
     [

@@ -36,6 +36,7 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
 
 
+@pytest.mark.support(method="structured", strategy="one", feature="trains")
 @pytest.mark.parametrize(
     ("options", "make"),
     [({}, None), ({}, sgd), ({"accumulate_grad_batches": 2}, None)],

@@ -40,6 +40,7 @@ def train(tmp_path, *callbacks, **options):
     return fit(make_run(tmp_path, *callbacks, save=False, **options))
 
 
+@pytest.mark.support(method="unstructured", strategy="one", feature="trains")
 @pytest.mark.parametrize("allocation", [GlobalAllocation(), Uniform()])
 def test_counts_follow_the_cubic_schedule_exactly(tmp_path, allocation):
     """Zhu and Gupta: s_f * (1 - (1 - t)^3), of all weights, at each update and between two."""
@@ -181,6 +182,7 @@ def test_a_subclass_decides_how_sparse(tmp_path):
     assert all(int((p == 0).sum()) == p.numel() // 4 for p in weights_of(run.module.net).values())
 
 
+@pytest.mark.support(method="n_m", strategy="one", feature="trains")
 def test_n_of_m_and_blocks(tmp_path):
     run = train(tmp_path, partial(Prune, NM(2, 4)))
     for weight in weights_of(run.module.net).values():

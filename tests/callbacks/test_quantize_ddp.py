@@ -6,15 +6,18 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from prune_job import Stranger, fit, make_run
+from prune_job import Stranger, dataset, fit, make_run
 from quantize_job import FEATURES, QAT, Residual, answers, converted, state_of
 from test_prune_ddp import run_two
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_opt.callbacks import Quantize
 from lightning_opt.checkpointing import find_checkpoint
 from lightning_opt.quantization.observers import MinMax, Percentile
+from lightning_opt.quantization.post_training import quantize
 from lightning_opt.quantization.scheme import Scheme
+from lightning_opt.testing.ranks import on_ranks
 from lightning_opt.testing.resume import KillAfter, compare_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -76,6 +79,7 @@ def same(first, second, **tolerance):
                 assert torch.equal(value, other[name]), name
 
 
+@pytest.mark.support(method="qat", strategy="ddp", feature="quantizers")
 @pytest.mark.parametrize(
     ("quantize", "rtol"),
     [(QAT, 0.4), (MIN_MAX, 1e-4), (HISTOGRAM, 0.05), (LSQ, 0.4)],
@@ -101,6 +105,7 @@ def test_learned_scales_have_learned_what_one_process_learns(tmp_path):
     assert any(not torch.equal(two[0][name], two[-1][name]) for name in two[0] if name.endswith("scale"))
 
 
+@pytest.mark.support(method="qat", strategy="ddp", feature="resume")
 def test_two_processes_resume_bit_equal(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run_two(lambda: job(whole, LSQ)) == [0, 0]
@@ -164,3 +169,26 @@ def test_what_was_sharded_converts(tmp_path):
     fit(run)
     run.module.load_state_dict(torch.load(tmp_path / "weights-0.pt", weights_only=True))
     assert torch.equal(answers(converted(run.module.net)), answers(run.module.net))
+
+
+@pytest.mark.support(method="ptq", strategy="ddp", feature=["trains", "quantizers"])
+def test_after_training_all_processes_have_what_the_last_weights_and_the_first_samples_give(tmp_path):
+    """The outside reference: the checkpoint's weights, quantized by hand in one process."""
+    after = partial(Quantize, method="post_training", calibration_samples=24)
+
+    def both():
+        run = make_run(
+            tmp_path, after, module=module, features=FEATURES, precision="64-true", devices=2, strategy="ddp"
+        )
+        fit(run)
+        return answers(run.module.net.float())
+
+    first, second = on_ranks(both)
+    assert torch.equal(first, second)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    net = Residual(norm=nn.Identity, dropout=0.0).double()
+    net.load_state_dict({name.removeprefix("net."): value for name, value in saved.items()})
+    samples = dataset(FEATURES).tensors[0][:24].double()
+    expected = quantize(net, samples[:2], "w8a8", calibration=samples.split(4), convert=False)
+    assert torch.equal(answers(expected.float()), first)
+    assert (tmp_path / "quantized.ckpt").is_file()

@@ -45,6 +45,7 @@ def early():
     return Early(Residual())
 
 
+@pytest.mark.support(method="ptq", strategy="one", feature="trains")
 def test_the_best_weights_are_quantized_on_the_first_samples(tmp_path):
     """The outside reference: the checkpoint's weights, quantized by hand on the data set's first samples."""
     run = fit(best_run(tmp_path, AFTER, module=early))
@@ -70,6 +71,7 @@ def test_its_checkpoint_gives_a_fresh_module_the_same_answers(tmp_path):
     assert stage["from_step"] == stage["to_step"] == 18
 
 
+@pytest.mark.support(method="ptq", strategy="one", feature="resume")
 def test_a_run_that_was_killed_at_its_end_does_it_again(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     fit(best_run(whole, AFTER))

@@ -41,6 +41,7 @@ def test_before_start_the_training_is_the_one_without_quantizers(tmp_path):
     assert not torch.allclose(losses[0][17:], losses[1][17:], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.support(method="qat", strategy="one", feature="trains")
 def test_what_is_computed_lies_on_the_grids_from_start_on(tmp_path):
     seen = {}
 

@@ -24,6 +24,7 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
+@pytest.mark.support(method="qat", strategy="one", feature="resume")
 @pytest.mark.parametrize(
     ("options", "stops"),
     [

@@ -92,7 +92,7 @@ def test_wrong_values_are_named_with_what_was_found(word, says):
         (["teacher.members=3", "teacher.train=null"], "members"),
         (["teacher.members=0"], "teacher.members=0"),
         (["teacher.model=null"], "neither"),
-        (["teacher.dtype=int8"], "teacher.dtype"),
+        (["teacher.dtype=int4"], "teacher.dtype"),
         (["loss.terms.kd.loss.temperature=-1"], "temperature"),
         (["loss.terms.kd.weight=heavy"], "weight"),
     ],

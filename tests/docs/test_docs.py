@@ -11,6 +11,7 @@ import pytest
 from lightning_opt.__main__ import _COMMANDS
 from lightning_opt.config import compose
 from lightning_opt.config.checks import check
+from lightning_opt.config.sweeps_open import open_sweep
 from lightning_opt.errors import LightningOptError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,11 +81,14 @@ def test_command_of_the_readme_passes_the_checks(words, folder):
     if command == "report":
         rest = [word for word in rest if "=" in word]
     line = compose.read_command_line(rest, config_name=command)
+    if line.multirun:
+        if any(word.startswith("sweep=optuna") for word in rest):
+            pytest.importorskip("optuna")
+        open_sweep(line, program=["python", "train.py"], rehearse=lambda config: None)  # checks the whole space
+        return
     sweeps = [word.partition("=")[0] for word in line.overrides if "," in word and "[" not in word]
-    assert not sweeps or line.multirun, f"{sweeps} has several values and -m is missing"
-    first = [word.partition(",")[0] if word.partition("=")[0] in sweeps else word for word in line.overrides]
-    composed = compose.compose_config(compose.CommandLine(**{**vars(line), "overrides": first, "multirun": False}))
-    config = compose.plain(composed)
+    assert not sweeps, f"{sweeps} has several values and -m is missing"
+    config = compose.plain(compose.compose_config(line))
     if command == "train":
         check(config)
 

@@ -82,6 +82,7 @@ def test_record_and_artifact_hold_the_small_integer_model(whole):
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
+@pytest.mark.support(method=["structured", "qat"], strategy="one", feature="resume")
 def test_killed_at_each_edge_ends_bit_equal(whole, tmp_path):
     folder = tmp_path / "run"
     edges = {
@@ -123,6 +124,7 @@ def test_killed_after_conversion_gives_the_same_artifact(whole, tmp_path):
     assert (folder / "artifact" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.support(method=["structured", "qat"], strategy="ddp", feature="resume")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_pair_of_ranks_ends_bit_equal(whole, tmp_path):

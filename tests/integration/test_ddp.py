@@ -68,6 +68,7 @@ def one(place, two):
     return place / "one", out
 
 
+@pytest.mark.support(method=["distil_logit", "distil_feature"], strategy="ddp", feature="loss")
 def test_curve_is_that_of_one_process_with_the_doubled_batch(one, two):
     for name in TERMS:
         expected = curve(one[0], name)
@@ -95,6 +96,7 @@ def test_both_ranks_share_one_folder_one_log_one_record(one, two):
     assert list(folder.rglob("record*.json")) == [folder / "record.json"]
 
 
+@pytest.mark.support(method=["distil_logit", "distil_feature"], strategy="ddp", feature="resume")
 def test_killed_job_of_two_ends_bit_equal(two, place):
     folder = place / "killed"
     words = [*TWO, f"run_dir={folder}"]
@@ -117,3 +119,63 @@ def test_killed_job_of_two_ends_bit_equal(two, place):
     for name in ("last.ckpt", "best.ckpt"):
         assert compare_checkpoints(two[0] / "checkpoints" / name, folder / "checkpoints" / name) == []
     assert (folder / "metrics.csv").read_text() == (two[0] / "metrics.csv").read_text()
+
+
+PROBE = """
+import os, pathlib, torch
+from lightning_opt.models import MLP
+
+class Probe(MLP):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        said = [os.environ.get("LOCAL_RANK", "0"), arguments["hidden"], torch.initial_seed()]
+        name = f"{os.environ.get('LIGHTNING_OPT_RUN_DIR', 'none').rpartition('/')[2]}-{os.getpid()}"
+        with (pathlib.Path(os.environ["SEEN"]) / name).open("a") as file:
+            print(*said, file=file)
+"""
+
+
+def sweep(place, *choices):
+    """Run a sweep of jobs of two ranks; return, for each job, what each rank built its model with."""
+    seen = place / "seen"
+    seen.mkdir()
+    (place / "probe.py").write_text(PROBE)
+    words = [word for word in TWO if not word.startswith(("+experiment", "teacher", "loss", "~", "+loss"))]
+    out = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "-m", *words, "model._target_=probe.Probe", *choices, "run_root=runs"],
+        capture_output=True,
+        text=True,
+        timeout=3 * TIMEOUT_S,
+        cwd=place,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "LIGHTNING_OPT_CACHE": str(place / "cache"),
+            "SEEN": str(seen),
+        },
+    )
+    assert out.returncode == 0, out.stderr
+    jobs = {}
+    for path in seen.iterdir():
+        folder = path.name.rpartition("-")[0]
+        if folder != "none":  # what was built before the job had a folder: the rehearsal
+            last = path.read_text().splitlines()[-1].split(maxsplit=1)
+            jobs.setdefault(folder, {})[last[0]] = last[1]
+    return jobs
+
+
+def assert_ranks_agree(place, jobs, count):
+    folders = [path.parent for path in (place / "runs").rglob("record.json")]
+    assert len(folders) == len(jobs) == count
+    assert all(read_record(folder)["status"] == "finished" for folder in folders)
+    assert [sorted(ranks) for ranks in jobs.values()] == [["0", "1"]] * count
+    assert all(ranks["0"] == ranks["1"] for ranks in jobs.values())
+    assert len({ranks["0"] for ranks in jobs.values()}) == count, "two jobs had the same values"
+    logs = [(folder / "train.log").read_text().count("training in") for folder in folders]
+    assert logs == [1] * count
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * TIMEOUT_S)
+def test_every_rank_of_a_grid_of_two_by_two_trains_with_the_values_of_its_job(tmp_path):
+    assert_ranks_agree(tmp_path, sweep(tmp_path, "model.hidden=[16],[8]", "seed=1,2"), 4)

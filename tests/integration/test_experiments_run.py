@@ -147,6 +147,8 @@ def words_for(path: Path) -> list[str]:
         ]
     if group == "teacher":
         return [*BESIDE.get(path.as_posix(), ["loss=kd"]), f"teacher={name}"]
+    if group == "sweep/sampler":
+        return ["sweep=optuna", f"sweep/sampler={name}"]
     if group == "schedule":
         return [f"+schedule@loss.task_weight={name}"]
     return [compose.normalise(f"{group}={name}"), *BESIDE.get(path.as_posix(), [])]
@@ -186,7 +188,9 @@ def nodes_of(group, node):
 
 
 EXTRA_OF_LOGGER = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
-BUILT = [path for path in FILES if path.parent.name not in ("", "experiment", "debug", "paths", "launch", "data")]
+BUILT = [
+    path for path in FILES if path.parent.name not in ("", "experiment", "debug", "paths", "launch", "data", "sampler")
+]
 
 
 @pytest.mark.parametrize("path", BUILT, ids=lambda path: path.as_posix())

@@ -55,6 +55,7 @@ def again(stopped, tmp_path):
     return folder
 
 
+@pytest.mark.support(method=["supervised", "distil_logit", "distil_feature"], strategy="one", feature="resume")
 def test_killed_in_every_stage_ends_bit_equal(whole, tmp_path):
     """SIGKILL while the teacher, the student alone and the distilled student are trained."""
     folder, cache = tmp_path / "run", tmp_path / "cache"

@@ -213,6 +213,7 @@ each_job_of_two = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.support(method=["distil_relation", "distil_sequence"], strategy="one", feature="resume")
 @each_job
 def test_killed_run_ends_bit_equal(job, place):
     whole = place.whole(job, 1)
@@ -221,6 +222,7 @@ def test_killed_run_ends_bit_equal(job, place):
     assert differences(whole, folder) == []
 
 
+@pytest.mark.support(method=["distil_relation", "distil_sequence"], strategy="ddp", feature="trains")
 @each_job_of_two
 def test_two_ranks_learn_the_same_and_what_one_learns_where_the_loss_adds_up(job, place):
     whole = place.whole(job, 2)
@@ -237,6 +239,7 @@ def test_two_ranks_learn_the_same_and_what_one_learns_where_the_loss_adds_up(job
         torch.testing.assert_close(student_of(whole)[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.support(method=["distil_relation", "distil_sequence"], strategy="ddp", feature="resume")
 @each_job_of_two
 def test_two_killed_ranks_end_bit_equal(job, place):
     whole = place.whole(job, 2)

@@ -48,6 +48,7 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1)
 
 
+@pytest.mark.support(method="distil_logit", strategy="one", feature="trains")
 def test_one_step_equals_the_formula_by_hand():
     student, teacher = net(5), net(9, seed=1)
     student[3].p = 0.0
@@ -252,6 +253,7 @@ def test_masked_tokens_and_on_policy_samples_train():
     assert "train/loss_task" not in trainer.callback_metrics
 
 
+@pytest.mark.support(method="supervised", strategy="one", feature="trains")
 def test_supervised_equals_a_plain_loop():
     torch.manual_seed(0)
     model = nn.Linear(4, 3)

@@ -154,6 +154,7 @@ def test_distillation_that_did_not_help_is_said_first(tmp_path, record):
 
 def hostile_record():
     record = full_record()
+    record["git"] = {**record["git"], "commit": "0" * 40}  # a real one may hold a word that is renamed
     plain = {name: value for name, value in record["models"]["student"].items() if name != "engines"}
     for name in HOSTILE:
         record["models"][name] = copy.deepcopy(plain)

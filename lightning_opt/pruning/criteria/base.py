@@ -5,8 +5,9 @@ and returns a score for each of its elements: the larger, the more the element i
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +60,12 @@ class Evidence:
             )
         return found
 
+    def with_weight_shaped(self, change: Callable[[Tensor], Tensor]) -> "Evidence":
+        """Return the evidence with each piece that has the weight's shape changed, in a fixed order."""
+        names = ("gradient", "squared_gradient", "movement")
+        new: dict[str, Any] = {n: change(value) for n in names if (value := getattr(self, n)) is not None}
+        return replace(self, **new)
+
 
 class Criterion(ABC):
     """Base of all scores of single weights; subclasses are frozen dataclasses.
@@ -66,10 +73,13 @@ class Criterion(ABC):
     Attributes:
         needs: Names of the fields of `Evidence` that the criterion reads, so that nothing else is observed.
         compares: Where its authors let weights compete in one-shot pruning: within a layer or within each output.
+        elementwise: The score of an element follows from that element of the weight and of the evidence of the weight's
+            shape alone; so a part of a sharded weight can be scored by itself.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     compares: ClassVar[Literal["layer", "output"]] = "layer"
+    elementwise: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, weight: Tensor, evidence: Evidence) -> Tensor:

@@ -18,6 +18,7 @@ class Snip(Criterion):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
+    elementwise: ClassVar[bool] = True
 
     def score(self, weight: Tensor, evidence: Evidence) -> Tensor:
         return finite((evidence.require("gradient").float() * weight.detach().float()).abs())
@@ -33,6 +34,7 @@ class Taylor(Criterion):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"squared_gradient"})
+    elementwise: ClassVar[bool] = True
 
     def score(self, weight: Tensor, evidence: Evidence) -> Tensor:
         return finite(evidence.require("squared_gradient").float() * weight.detach().float().square())

@@ -1,6 +1,7 @@
 """Scores from the weight alone."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ class Magnitude(Criterion):
     >>> Magnitude().score(torch.tensor([-3.0, 0.5]), Evidence(name="w"))
     tensor([3.0000, 0.5000])
     """
+
+    elementwise: ClassVar[bool] = True
 
     p: int = 1
 

@@ -30,6 +30,7 @@ class Movement(Criterion):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"movement"})
+    elementwise: ClassVar[bool] = True
 
     def score(self, weight: Tensor, evidence: Evidence) -> Tensor:
         return finite(evidence.require("movement"))
@@ -55,6 +56,7 @@ class SoftMovement(Criterion):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"movement"})
+    elementwise: ClassVar[bool] = True
 
     threshold: float = 0.5
     strength: float = 0.0

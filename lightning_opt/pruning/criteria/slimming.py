@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_opt.pruning.parts import local_of
+
 
 def batch_norm_scales(model: nn.Module, *, include: str = "*") -> list[nn.Parameter]:
     """Return the scales of the batch norms whose full module names match `include`.
@@ -50,8 +52,8 @@ def add_sparsity_gradient(scales: list[nn.Parameter], *, strength: float = 1e-4)
     _check(strength)
     found = [(scale, scale.grad) for scale in scales if scale.grad is not None]
     if found:
-        signs = torch._foreach_sign([scale for scale, _ in found])
-        torch._foreach_add_([gradient for _, gradient in found], signs, alpha=strength)
+        signs = torch._foreach_sign([local_of(scale.detach()) for scale, _ in found])
+        torch._foreach_add_([local_of(gradient) for _, gradient in found], signs, alpha=strength)
 
 
 def _check(strength: float) -> None:
