@@ -24,8 +24,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _bubbles(results: dict[str, Any]) -> list[str]:
     lines = [
-        "| schedule | ranks | paper | equal stages | these stages | measured operations (one step) | off | from equal stages | "
-        "on the clock | step, ms | load |",
+        "| schedule | ranks | paper | equal stages | these stages | measured operations (one step) | off | "
+        "from equal stages | on the clock | step, ms | load |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for found in results["bubbles"].values():
