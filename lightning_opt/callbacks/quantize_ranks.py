@@ -14,10 +14,9 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_opt.callbacks.shards import is_pipeline
+from lightning_opt.callbacks import shards
 from lightning_opt.errors import ConfigError
 from lightning_opt.quantization.quantizer import FakeQuantizer
 
@@ -35,7 +34,7 @@ def refuse_strategy(trainer: "pl.Trainer", *, method: str) -> None:
         ConfigError: Naming the strategy.
     """
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
-    if is_pipeline(strategy):
+    if shards.is_pipeline(strategy):
         raise ConfigError(
             "strategy=pipeline: each process has some of the layers, and quantizers are made for all of them; use "
             "strategy=fsdp2, strategy=ddp or one device"
@@ -133,15 +132,10 @@ def whole_weights(pl_module: nn.Module, found: Mapping[str, FakeQuantizer]) -> I
 
     All ranks must enter it at the same time. Where nothing is sharded it does nothing.
     """
-    sharded: list[Any] = [module for module in pl_module.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.unshard()
-    yield
-    if not sharded:
-        return
-    written = {name: quantizer.scale.detach().clone() for name, quantizer in found.items() if quantizer.learnable}
-    for module in sharded:
-        module.reshard()
+    with shards.whole_weights(pl_module):
+        yield
+        # Where nothing is sharded these are no DTensors below, and stay what they are.
+        written = {name: quantizer.scale.detach().clone() for name, quantizer in found.items() if quantizer.learnable}
     for name, value in written.items():
         scale: Any = found[name].scale
         if isinstance(scale, DTensor):

@@ -13,10 +13,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_opt.strategies import PipelineStrategy
+
 
 def is_pipeline(strategy: Any) -> bool:
     """Whether a strategy gives each process some of the layers."""
-    return any(kind.__name__ == "PipelineStrategy" for kind in type(strategy).__mro__)
+    return isinstance(strategy, PipelineStrategy)
 
 
 def is_spread(strategy: Any) -> bool:

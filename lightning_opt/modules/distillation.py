@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_opt.checkpointing.keys import mix
+from lightning_opt.checkpointing.loader import data_ranks
 from lightning_opt.errors import ConfigError
 from lightning_opt.forward import Inputs, map_inputs
 from lightning_opt.losses import DistillationLoss, OnPolicy, Signals, Supervision, Term, combine_teachers, value_at
@@ -247,7 +248,7 @@ class Distillation(TaskModule):
             step=self.global_step,
             # A resumed run writes the same samples.
             seed=mix(int(os.environ.get("PL_GLOBAL_SEED", "0")), 0),
-            rank=self.global_rank,
+            rank=data_ranks(self.trainer)[0],  # processes that share a batch write the same
         )
         self.model.train(was_training)
         if inputs is example.inputs:

@@ -63,10 +63,22 @@ def clip_by_norm_(
     """
     parameters = list(parameters)
     norm = global_norm(parameters, groups=groups, device=device)
+    scale_to_norm_(parameters, norm, max_norm)
+    return norm
+
+
+@torch.no_grad()
+def scale_to_norm_(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients in place as clipping does, for a norm that is known.
+
+    Args:
+        parameters: As in `global_norm`.
+        norm: Of the gradients of all processes.
+        max_norm: The largest norm.
+    """
     scale = (max_norm / (norm + _EPSILON)).clamp(max=1.0)
     if pieces := [_piece(one.grad) for one in parameters if one.grad is not None]:
         torch._foreach_mul_(pieces, scale.to(pieces[0].device))
-    return norm
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from lightning_opt.checkpointing.sharded_strategy import ShardedCheckpointing, c
 from lightning_opt.errors import ConfigError
 from lightning_opt.forward import Inputs
 from lightning_opt.modules import TaskModule
-from lightning_opt.strategies.gradient_norm import clip_by_value_, global_norm
+from lightning_opt.strategies.gradient_norm import clip_by_value_, global_norm, scale_to_norm_
 from lightning_opt.strategies.mesh import copy_from_first
 from lightning_opt.strategies.pipeline.bubble import Clock, Operation
 from lightning_opt.strategies.pipeline.checks import check_example, check_module, check_sizes
@@ -261,15 +261,12 @@ class PipelineStrategy(ShardedCheckpointing, DDPStrategy):
         plugin.clip_grad_by_norm = self._clip_by_norm
         plugin.clip_grad_by_value = self._clip_by_value
 
-    @torch.no_grad()
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         assert self._copies is not None
         parameters = [one for one in self.precision_plugin.main_params(optimizer) if one.grad is not None]
         counted = [one for one in parameters if self._copies.counts(one)]
         norm = global_norm(counted, groups=[self.pipeline_group], device=self.root_device)
-        if parameters:
-            scale = (float(clip_val) / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([one.grad for one in parameters if one.grad is not None], scale)
+        scale_to_norm_(parameters, norm, float(clip_val))
 
     def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         clip_by_value_(self.precision_plugin.main_params(optimizer), float(clip_val))
