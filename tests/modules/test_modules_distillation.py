@@ -1,6 +1,7 @@
 """The distillation module: what is trained, what is saved, what is refused, and that the gradient is the right one."""
 
 import copy
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -251,6 +252,24 @@ def test_masked_tokens_and_on_policy_samples_train():
     assert any(not torch.equal(value, before[name]) for name, value in student.state_dict().items())
     # what the student wrote itself is not taught to it as true: no loss on labels was computed
     assert "train/loss_task" not in trainer.callback_metrics
+
+
+def test_processes_that_share_a_batch_write_the_same_samples(monkeypatch):
+    """The stages of a pipeline, or the pieces of a layer, see the same samples: theirs is one data rank."""
+    asked = []
+    sampling = OnPolicy(fraction=1.0, prompt_length=2)
+    monkeypatch.setattr(sampling, "mix", lambda inputs, labels, *_, rank, **__: asked.append(rank) or (inputs, labels))
+    module = Distillation(
+        Tokens(), Tokens(seed=1), task=LanguageModeling(num_outputs=7), losses=[KD()], sampling=sampling
+    )
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    for rank in (0, 3):
+        kwargs = {"rank": rank // 2, "num_replicas": 2}
+        trainer = SimpleNamespace(distributed_sampler_kwargs=kwargs, global_rank=rank, global_step=0)
+        module._trainer = module._fabric = None
+        monkeypatch.setattr(Distillation, "trainer", trainer, raising=False)
+        module._sampled(module.task.read((ids, ids)))
+    assert asked == [0, 1]
 
 
 @pytest.mark.support(method="supervised", strategy="one", feature="trains")
